@@ -1,0 +1,7 @@
+"""moecli: smaller Mixture-of-Experts models from a recipe.
+
+`import moecli` registers the loader of compact checkpoints as soon as transformers is imported too;
+it imports neither torch nor transformers by itself.
+"""
+
+__version__ = "0.1.0"

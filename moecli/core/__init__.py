@@ -1,0 +1,1 @@
+"""The nouns everyone shares. Standard library and pydantic only; torch for typing only."""

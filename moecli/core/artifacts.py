@@ -1,0 +1,285 @@
+"""Values that pass between stages. An artifact becomes tensors + JSON; `io` does the bytes.
+
+Shape letters: L layers, E experts before, K experts kept, T tokens, k experts per token, D model width,
+F expert hidden width, G quantization groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+
+from moecli.core.errors import MoecliError
+from moecli.core.model import ModelFacts, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+V = TypeVar("V")
+
+DROPPED = -1
+"""Group number of an expert that is in no group: it is pruned."""
+
+
+class Packed(NamedTuple):
+    """What `io` stores of an artifact: tensors by name and a JSON-able value."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+class Artifact(ABC):
+    """A value that can become tensors + JSON and back, without loss."""
+
+    @abstractmethod
+    def pack(self) -> Packed: ...
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, packed: Packed) -> Self: ...
+
+
+class ExpertWeights(NamedTuple):
+    """One expert, always this way round, whatever the file says. Biases only where the family has them."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+    gate_bias_F: Tensor | None = None
+    up_bias_F: Tensor | None = None
+    down_bias_D: Tensor | None = None
+
+
+class Checkpoint(Artifact):
+    """A model on disk, read lazily: nothing is resident. Names are the family's on-disk names."""
+
+    facts: ModelFacts
+    config: Mapping[str, Any]
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """Every tensor name, in a fixed order."""
+
+    @abstractmethod
+    def spec(self, name: str) -> TensorSpec: ...
+
+    @abstractmethod
+    def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """The tensor as stored. Raises SurroundingsError when the file is damaged."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the first dimension, read without the rest, on the CPU."""
+
+    @abstractmethod
+    def side_files(self) -> Mapping[str, str]:
+        """Tokenizer and other small files beside the weights: file name -> path."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self.names())
+
+
+class CheckpointWriter(ABC):
+    """Changes over a parent checkpoint: only what changed is written.
+
+    with ctx.writer(parent, config=new_config) as out:
+        out.part("layer-003", write)      # write(part) calls part.put/rename/drop; finished parts survive a crash
+    return out.checkpoint
+
+    A clean exit checks that every name is written once and that every renamed name exists in the parent;
+    an exception leaves only the `.partial` folder.
+    """
+
+    checkpoint: Checkpoint
+
+    @abstractmethod
+    def part(self, name: str, write: Callable[[PartWriter], None]) -> None: ...
+
+    @abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class PartWriter(ABC):
+    """One part of an overlay, usually one layer."""
+
+    @abstractmethod
+    def put(self, name: str, tensor: Tensor) -> None:
+        """`name` now holds `tensor`, whether the parent has such a name or not."""
+
+    @abstractmethod
+    def rename(self, name: str, parent_name: str) -> None:
+        """`name` now holds what the parent calls `parent_name`; no bytes are copied."""
+
+    @abstractmethod
+    def drop(self, name: str, reason: str) -> None:
+        """The parent's `name` is gone. The reason is shown by `verify`: every source tensor is accounted for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """Calibration statistics of one MoE layer. Which statistics exist: `engine.collectors.CATALOGUE`."""
+
+    tokens: int
+    """T: tokens that went through the layer, padding not counted."""
+    count_E: Tensor
+    """int64 [E] tokens routed to each expert"""
+    gate_sum_E: Tensor
+    """float64 [E] sum of the weights the model really multiplied with, over those tokens"""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A statistic by its catalogue name; MoecliError when it was not collected."""
+        if name == "count":
+            return self.count_E
+        if name == "gate_sum":
+            return self.gate_sum_E
+        try:
+            return self.extra[name]
+        except KeyError:
+            raise MoecliError(
+                f"statistic `{name}` was not collected",
+                hint=f"add `{name}` to `statistics` of the calibrate stage, or leave that option out",
+            ) from None
+
+
+class _PerLayer(Mapping[int, V]):
+    """Mapping layer index -> value, in ascending order of layers."""
+
+    def __init__(self, layers: Mapping[int, V]) -> None:
+        self._layers = dict(sorted(layers.items()))
+
+    def __getitem__(self, layer: int) -> V:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+class CalibrationStats(_PerLayer[LayerStats], Artifact):
+    """{layer index: LayerStats}, one entry for each MoE layer, plus how they came about (`source`)."""
+
+    def __init__(self, layers: Mapping[int, LayerStats], source: Mapping[str, Any] | None = None) -> None:
+        super().__init__(layers)
+        self.source = dict(source or {})
+        """Data set, samples, tokens, seed and dtype, for the report and the model card."""
+
+    def pack(self) -> Packed:
+        tensors = {}
+        for layer, stats in self.items():
+            tensors |= {f"{layer}.count": stats.count_E, f"{layer}.gate_sum": stats.gate_sum_E}
+            tensors |= {f"{layer}.extra.{name}": value for name, value in stats.extra.items()}
+        return Packed(tensors, {"source": self.source, "tokens": {str(i): s.tokens for i, s in self.items()}})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Self:
+        tensors, meta = packed
+        layers = {}
+        for key, tokens in meta["tokens"].items():
+            prefix = f"{key}.extra."
+            extra = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            layers[int(key)] = LayerStats(tokens, tensors[f"{key}.count"], tensors[f"{key}.gate_sum"], extra)
+        return cls(layers, meta["source"])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of the experts of one layer. Pruning is the case where every group has one member."""
+
+    group_E: Tensor
+    """int64 [E] new index of each old expert, or DROPPED"""
+    share_E: Tensor
+    """float32 [E] weight inside its group; each group sums to 1, dropped experts have 0"""
+    lead_K: Tensor
+    """int64 [K] the old expert that stands for each group (its router row survives `row_drop`)"""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """For the report, such as the dendrogram's `linkage` [E-1, 4]."""
+
+    def __post_init__(self) -> None:
+        group, lead = self.group_E.tolist(), self.lead_K.tolist()
+        groups = len(lead)
+        if sorted(set(group) - {DROPPED}) != list(range(groups)):
+            raise ValueError(f"group_E must use every group 0..{groups - 1}, got {sorted(set(group))}")
+        if any(group[expert] != index for index, expert in enumerate(lead)):
+            raise ValueError("each lead must be a member of its own group")
+        sums = [0.0] * groups
+        for index, share in zip(group, self.share_E.tolist(), strict=True):
+            if index == DROPPED and share != 0:
+                raise ValueError("a dropped expert must have share 0")
+            if index != DROPPED:
+                sums[index] += share
+        if any(abs(total - 1) > 1e-4 for total in sums):
+            raise ValueError(f"shares of a group must sum to 1, got {sums}")
+
+    @property
+    def experts(self) -> int:
+        """K: experts left"""
+        return len(self.lead_K)
+
+    def members(self, group: int) -> list[int]:
+        """Old experts of a group, ascending."""
+        return [expert for expert, index in enumerate(self.group_E.tolist()) if index == group]
+
+
+class ExpertPlan(_PerLayer[LayerPlan], Artifact):
+    """{layer index: LayerPlan}"""
+
+    def pack(self) -> Packed:
+        tensors = {}
+        for layer, plan in self.items():
+            tensors |= {f"{layer}.group": plan.group_E, f"{layer}.share": plan.share_E, f"{layer}.lead": plan.lead_K}
+            tensors |= {f"{layer}.extra.{name}": value for name, value in plan.extra.items()}
+        return Packed(tensors, {"layers": list(self)})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Self:
+        tensors, meta = packed
+        layers = {}
+        for layer in meta["layers"]:
+            prefix = f"{layer}.extra."
+            extra = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            layers[layer] = LayerPlan(
+                tensors[f"{layer}.group"], tensors[f"{layer}.share"], tensors[f"{layer}.lead"], extra
+            )
+        return cls(layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number of an evaluation. `stderr` is None where no honest estimate exists."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+    higher_is_better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation(Artifact):
+    """What an `eval/...` stage measured, with the settings that must agree before two runs are compared."""
+
+    metrics: tuple[Metric, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File name -> text, stored untouched beside the report (lm-eval's own results)."""
+
+    def pack(self) -> Packed:
+        metrics = [
+            {name: getattr(metric, name) for name in Metric.__dataclass_fields__} for metric in self.metrics
+        ]
+        return Packed({}, {"metrics": metrics, "settings": dict(self.settings), "files": dict(self.files)})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Self:
+        meta = packed.meta
+        return cls(tuple(Metric(**m) for m in meta["metrics"]), meta["settings"], meta["files"])

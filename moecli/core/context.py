@@ -1,0 +1,44 @@
+"""Everything a stage may reach besides its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from moecli.core.artifacts import Artifact, Checkpoint, CheckpointWriter
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+A = TypeVar("A", bound=Artifact)
+
+
+class Context(Protocol):
+    """Handed to a stage function by the runner."""
+
+    device: torch.device
+    rng: torch.Generator
+    """CPU generator seeded from the recipe's seed and the stage's key."""
+    seed: int
+    """The recipe's seed, for libraries that want a number."""
+    needs: tuple[str, ...]
+    """Statistics that later stages of the recipe declared."""
+
+    def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
+        """The finished part `name` of this stage, made now if it is not there: parts survive a crash."""
+        ...
+
+    def has_part(self, name: str) -> bool: ...
+
+    def track(self, items: Sequence[T], label: str) -> Iterator[T]:
+        """Iterate with progress and ETA."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line in the report: a decision taken for the user, a fallback, an approximation."""
+        ...
+
+    def writer(self, parent: Checkpoint, config: Mapping[str, Any] | None = None) -> CheckpointWriter:
+        """Changes over `parent` inside this stage's folder; `config` replaces the parent's."""
+        ...
