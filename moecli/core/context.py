@@ -22,8 +22,6 @@ class Context(Protocol):
     """CPU generator seeded from the recipe's seed and the stage's key."""
     seed: int
     """The recipe's seed, for libraries that want a number."""
-    needs: tuple[str, ...]
-    """Statistics that later stages of the recipe declared."""
 
     def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
         """The finished part `name` of this stage, made now if it is not there: parts survive a crash."""
@@ -37,6 +35,10 @@ class Context(Protocol):
 
     def note(self, text: str) -> None:
         """A line in the report: a decision taken for the user, a fallback, an approximation."""
+        ...
+
+    def record(self, name: str, value: Any) -> None:
+        """JSON data for the report's figures, such as `kept`: {layer: [old expert ids]}."""
         ...
 
     def writer(self, parent: Checkpoint, config: Mapping[str, Any] | None = None) -> CheckpointWriter:

@@ -77,6 +77,9 @@ class ModelSketch:
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     """On-disk tensor name -> spec; empty when only `config.json` was at hand."""
 
+    planned: int | None = None
+    """Experts per layer that a `cluster/...` stage has decided on and no `merge/...` has applied yet."""
+
     @property
     def bytes(self) -> int:
         return sum(spec.bytes for spec in self.specs.values())

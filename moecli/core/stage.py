@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,12 +43,19 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
+    def resolve(self, needs: tuple[str, ...]) -> Self:
+        """These options with what depends on later stages written out; `needs` are their statistics, sorted."""
+        return self
+
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         """What cannot work for this model, from facts alone. Facts are those at this point of the recipe."""
         return iter(())
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
-        """The model after this stage, without reading a weight. The default changes nothing."""
+        """The model after this stage, without reading a weight. The default changes nothing.
+
+        Raises MoecliError for what only tensor shapes can tell; the runner points it at this stage.
+        """
         return model
 
 

@@ -1,0 +1,129 @@
+"""Run lm-eval tasks on the model in memory.
+
+Log-likelihoods are lm-eval's own; so are the results files, stored untouched. `include` names a folder with task
+files of your own; tasks found there need no network.
+
+Source: EleutherAI lm-evaluation-harness.
+
+- run: eval/lm-eval
+  with: {tasks: [arc_easy, hellaswag]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from moecli.core.artifacts import Checkpoint, Evaluation, Metric
+from moecli.core.context import Context
+from moecli.core.errors import StageFailed, SurroundingsError
+from moecli.core.stage import Options, RunSetting, SourcePath, stage
+from moecli.families.adapter import load_model, load_tokenizer
+
+
+class LmEval(Options):
+    """Options of `eval/lm-eval`."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Task or group names; see `lm_eval ls tasks`."""
+    include: Annotated[str | None, SourcePath()] = None
+    """Folder with task files of your own, or `demo` for the embedded model's."""
+    limit: PositiveInt | None = None
+    """First documents of each task only."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples in the prompt; the task's own number by default."""
+    max_length: PositiveInt | None = None
+    """Longest context in tokens; the model's positions, at most 2048, by default."""
+    bootstrap_iters: NonNegativeInt = 1000
+    """Resamples for standard errors of metrics without a closed form."""
+    batch_size: Annotated[PositiveInt, RunSetting()] = 16
+    """Sequences per forward pass."""
+
+
+@stage("eval/lm-eval", version=1, on_source_too=True)
+def lm_eval(opt: LmEval, model: Checkpoint, ctx: Context) -> Evaluation:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    manager = _tasks(opt)
+    max_length = opt.max_length or min(model.facts.max_positions, 2048)
+    loaded = load_model(model, ctx.device)
+    lm = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model), batch_size=opt.batch_size,
+              max_length=max_length, device=str(ctx.device))  # fmt: skip
+    results = simple_evaluate(
+        model=lm, tasks=list(opt.tasks), task_manager=manager, num_fewshot=opt.num_fewshot, limit=opt.limit,
+        bootstrap_iters=opt.bootstrap_iters, log_samples=True, random_seed=ctx.seed, numpy_random_seed=ctx.seed,
+        torch_random_seed=ctx.seed, fewshot_random_seed=ctx.seed,
+    )  # fmt: skip
+    if results is None:
+        raise StageFailed("lm-eval returned no results")
+    settings = {"tasks": list(opt.tasks), "limit": opt.limit, "num_fewshot": opt.num_fewshot, "max_length": max_length,
+                "dtype": model.facts.dtype, "batch_size": opt.batch_size}  # fmt: skip
+    return Evaluation(tuple(metrics(results)), settings, _files(results))
+
+
+def metrics(results: Mapping[str, Any]) -> list[Metric]:
+    """lm-eval's result table as metrics; a standard error of "N/A" becomes None.
+
+    Perplexities of rolling tasks have no standard error in lm-eval.
+    """
+    found = []
+    for task, row in sorted(results["results"].items()):
+        samples = results["n-samples"].get(task, {}).get("effective") or row.get("sample_count") or row.get("sample_len") or 0
+        if isinstance(samples, Mapping):
+            samples = next(iter(samples.values()))
+        for key, value in row.items():
+            name, _, filtered = key.partition(",")
+            if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = row.get(f"{name}_stderr,{filtered}")
+            stderr = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
+            label = name if filtered == "none" else f"{name} ({filtered})"
+            better = results["higher_is_better"].get(task, {}).get(name)
+            found.append(Metric(task, label, float(value), stderr, int(samples), better))
+    return found
+
+
+def _tasks(opt: LmEval) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    include = _demo_tasks() if opt.include == "demo" else opt.include
+    manager = TaskManager(include_path=[include] if include else None, include_defaults=include is None)
+    unknown = [task for task in opt.tasks if task not in manager.all_tasks]
+    if unknown and include is not None:
+        manager = TaskManager(include_path=[include], include_defaults=True)
+        unknown = [task for task in unknown if task not in manager.all_tasks]
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
+        raise SurroundingsError(
+            f"lm-eval knows no task `{unknown[0]}`" + (f" in `{opt.include}`" if opt.include else ""),
+            hint=f"did you mean `{near[0]}`?" if near else "name its folder with `include`",
+        )
+    return manager
+
+
+def _demo_tasks() -> str:
+    from moecli.io.sources import demo_folder
+
+    return str(demo_folder() / "tasks")
+
+
+def _files(results: Mapping[str, Any]) -> dict[str, str]:
+    """lm-eval's results as JSON text, samples apart so that the first stays small."""
+    from lm_eval.utils import handle_non_serializable
+
+    def text(value: object) -> str:
+        return json.dumps(value, indent=1, default=handle_non_serializable, ensure_ascii=False)
+
+    files = {"results.json": text({k: v for k, v in results.items() if k != "samples"})}
+    for task, rows in results.get("samples", {}).items():
+        files[f"samples_{task}.jsonl"] = "".join(
+            json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows
+        )
+    return files

@@ -1,0 +1,92 @@
+"""Round every linear weight to the nearest of 2^bits levels, one scale per group of inputs. No calibration.
+
+scale = max|w| / ((2^bits - 1) / 2) per group, q = clamp(round(w / scale)); symmetric. Routers, gates of shared
+experts, embeddings and the head stay as they are. Written as compressed-tensors `pack-quantized`.
+
+Source: the usual baseline; grid and layout as compressed-tensors has them.
+
+- run: quantize/rtn
+  with: {bits: 4, group_size: 128}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from moecli.core.artifacts import Checkpoint, PartWriter
+from moecli.core.context import Context
+from moecli.core.errors import MoecliError, Problem
+from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
+from moecli.core.stage import Options, stage
+from moecli.families import Linear, linears_of
+from moecli.io.formats import packed_specs, put_packed, quantization_config
+from moecli.ops.pack import quantize_rtn
+
+QUANTIZED_ROLES = frozenset({"expert", "shared", "attention", "dense"})
+
+
+class Rtn(Options):
+    """Options of `quantize/rtn`."""
+
+    bits: Literal[4, 8] = 4
+    """Bits per weight."""
+    group_size: PositiveInt = 128
+    """Inputs that share a scale; must divide every quantized width."""
+
+    def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        if model.quantized:
+            yield Problem("", f"the model is quantized already ({model.quantized})", hint="start from its bf16 version")
+        widths = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
+        for name, width in widths.items():
+            if width % self.group_size:
+                fits = [g for g in (128, 64, 32, 16) if all(w % g == 0 for w in widths.values())]
+                yield Problem(
+                    "group_size",
+                    f"`group_size` {self.group_size} does not divide the {name} {width}",
+                    hint=f"write `group_size: {fits[0]}`" if fits else None,
+                )
+
+    def forecast(self, model: ModelSketch) -> ModelSketch:
+        specs = dict(model.specs)
+        for linear in _targets(model.config, specs):
+            spec = specs.pop(linear.name)
+            _check(self, linear.name, spec)
+            specs |= packed_specs(linear.name, spec, self.bits, self.group_size)
+        return replace(model, specs=specs, facts=replace(model.facts, quantized="compressed-tensors"))
+
+
+@stage("quantize/rtn", version=1)
+def rtn(opt: Rtn, model: Checkpoint, ctx: Context) -> Checkpoint:
+    specs = {name: model.spec(name) for name in model.names()}
+    targets = _targets(model.config, specs)
+    ignored = [linear.name.removesuffix(".weight") for linear in linears_of(model.config, specs) if linear not in targets]
+    config = dict(model.config) | {"quantization_config": quantization_config(opt.bits, opt.group_size, ignore=ignored)}
+    with ctx.writer(model, config=config) as out:
+        for layer in ctx.track(sorted({linear.layer for linear in targets}), "rounding"):
+
+            def write(part: PartWriter, layer: int = layer) -> None:
+                for linear in targets:
+                    if linear.layer == layer:
+                        _check(opt, linear.name, specs[linear.name])
+                        weight = model.get(linear.name, ctx.device)
+                        codes, scale = quantize_rtn(weight, opt.bits, opt.group_size)
+                        put_packed(part, linear.name, codes.cpu(), scale.cpu(), opt.bits)
+
+            out.part(f"layer-{layer:03d}", write)
+    return out.checkpoint
+
+
+def _targets(config: dict, specs: dict[str, TensorSpec]) -> list[Linear]:
+    return [linear for linear in linears_of(config, specs) if linear.role in QUANTIZED_ROLES]
+
+
+def _check(opt: Rtn, name: str, spec: TensorSpec) -> None:
+    if spec.shape[-1] % opt.group_size:
+        raise MoecliError(
+            f"`group_size` {opt.group_size} does not divide the input width {spec.shape[-1]} of `{name}`",
+            hint="write `group_size: 32`" if spec.shape[-1] % 32 == 0 else None,
+        )

@@ -1,0 +1,1 @@
+"""Make the router agree with the experts that are left."""

@@ -1,0 +1,75 @@
+"""Round-to-nearest integer codes and their dense bit packing (compressed-tensors `pack-quantized`).
+
+Letters: N output rows, K input columns, G groups along K. All functions are pure and run on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT_BITS = (2, 3, 4, 8)
+
+
+def quantize_rtn(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric round-to-nearest: codes_NK int8 in [-2^(b-1), 2^(b-1)-1] and scale_NG in the weight's dtype.
+
+    scale = max|w| / ((2^b - 1) / 2) per group, cast to the weight's dtype *before* it divides, so that the
+    codes are the best ones for the scale that is stored (compressed-tensors' symmetric grid, quantize.md 1.2).
+    A group of zeros gets scale 1. Leading batch dimensions are allowed. Raises ValueError when `group_size`
+    does not divide K.
+    """
+    columns = weight_NK.shape[-1]
+    if columns % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the input width {columns}")
+    grouped = weight_NK.float().unflatten(-1, (columns // group_size, group_size))
+    scale = grouped.abs().amax(-1) / ((2**bits - 1) / 2)
+    scale = scale.to(weight_NK.dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = (grouped / scale.float().unsqueeze(-1)).round()
+    codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes.to(torch.int8).flatten(-2), scale
+
+
+def dequantize(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None = None) -> Tensor:
+    """codes * scale, in the scale's dtype, as compressed-tensors decompresses: the product is taken in that dtype."""
+    groups = scale_NG.shape[-1]
+    width = group_size or codes_NK.shape[-1] // groups
+    grouped = codes_NK.unflatten(-1, (groups, width)).to(scale_NG.dtype)
+    return (grouped * scale_NG.unsqueeze(-1)).flatten(-2)
+
+
+def pack_rows(codes_NK: Tensor, bits: int) -> Tensor:
+    """int8 codes to a dense little-endian int32 stream per row: int32 [N, ceil(K*bits/32)].
+
+    Code u = q + 2^(bits-1); element i occupies bits [i*bits, (i+1)*bits). Values may straddle words (3 bits).
+    """
+    unsigned = (codes_NK.to(torch.int64) + 2 ** (bits - 1)).flatten(0, -2)
+    if 32 % bits == 0:
+        per_word = 32 // bits
+        padded = _pad_columns(unsigned, per_word).unflatten(-1, (-1, per_word))
+        words = (padded << (torch.arange(per_word, device=padded.device) * bits)).sum(-1)
+    else:
+        positions = torch.arange(bits, device=unsigned.device)
+        stream = ((unsigned.unsqueeze(-1) >> positions) & 1).flatten(-2)
+        stream = _pad_columns(stream, 32).unflatten(-1, (-1, 32))
+        words = (stream << torch.arange(32, device=stream.device)).sum(-1)
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return words.unflatten(0, codes_NK.shape[:-1])
+
+
+def unpack_rows(packed_NW: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_rows`: int8 codes [N, columns]."""
+    words = packed_NW.to(torch.int64) & 0xFFFFFFFF
+    if 32 % bits == 0:
+        shifts = torch.arange(32 // bits, device=words.device) * bits
+        unsigned = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :columns]
+    else:
+        stream = ((words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1).flatten(-2)
+        stream = stream[..., : columns * bits].unflatten(-1, (columns, bits))
+        unsigned = (stream << torch.arange(bits, device=words.device)).sum(-1)
+    return (unsigned - 2 ** (bits - 1)).to(torch.int8)
+
+
+def _pad_columns(values: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, -values.shape[-1] % multiple))
