@@ -1,0 +1,262 @@
+"""From a recipe to steps: which artifact feeds which, every key, what is done already, what it will cost.
+
+Nothing here reads a weight: `config.json` and file headers are enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, ExpertPlan
+from moecli.core.errors import Diagnostic, MoecliError, Problem, RecipeError
+from moecli.core.model import ModelSketch
+from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
+from moecli.recipe.schema import LoadedRecipe, StageEntry
+from moecli.runner import lookup
+
+SOURCE = -1
+"""Stands for the source model where a step's index is expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage of the plan, with its wiring resolved."""
+
+    position: int
+    """Index of the stage in the recipe; a baseline step shares it with the evaluation it belongs to."""
+    label: str
+    """`id` of the stage, or its name; " (source)" behind it for a baseline."""
+    stage: Stage
+    options: Options
+    inputs: Mapping[str, int]
+    """Parameter name -> index of the step that makes it, or SOURCE."""
+    key: str
+    identity: Mapping[str, Any]
+    """What the key was made from, kept so that `status` can say what changed."""
+    baseline: bool
+    sketch: ModelSketch
+    """The model after this step, without having read a weight."""
+
+    @property
+    def folder_name(self) -> str:
+        return self.stage.name.replace("/", "-")
+
+    @property
+    def writes_weights(self) -> bool:
+        return issubclass(self.stage.output, Checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe that can be run: every input found, every option checked against the model."""
+
+    recipe: LoadedRecipe
+    source_key: str
+    """Key of the source model: id and revision, or a digest of a local folder's headers."""
+    source: ModelSketch
+    steps: tuple[Step, ...]
+    positions: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def final(self) -> int:
+        """Index of the step whose checkpoint becomes `model/`, or SOURCE."""
+        return max((i for i, step in enumerate(self.steps) if step.writes_weights), default=SOURCE)
+
+    def sketch_of(self, index: int) -> ModelSketch:
+        return self.source if index == SOURCE else self.steps[index].sketch
+
+    def key_of(self, index: int) -> str:
+        return self.source_key if index == SOURCE else self.steps[index].key
+
+    def label_of(self, index: int) -> str:
+        return "source" if index == SOURCE else self.steps[index].label
+
+
+def make_plan(recipe: LoadedRecipe, source: ModelSketch, source_key: str) -> Plan:
+    """Resolve wiring and keys. Raises RecipeError with every problem found, in file order."""
+    stages = [lookup.find(entry.run) for entry in recipe.recipe.stages]
+    problems: list[Diagnostic] = []
+    wiring = _wire(recipe, stages, problems)
+    if problems:
+        raise RecipeError(tuple(problems), recipe.path)
+    options = _resolve_options(recipe.options, stages, wiring)
+    steps: list[Step] = []
+    index_of: dict[int, int] = {SOURCE: SOURCE}
+    keys: dict[str, int] = {}
+    for position, (entry, stage) in enumerate(zip(recipe.recipe.stages, stages, strict=True)):
+        inputs = {name: index_of[origin] for name, origin in wiring[position].items()}
+        label = entry.id or entry.run
+        step = _step(position, label, stage, options[position], inputs, steps, source, source_key, recipe.recipe.seed)
+        problems += _model_problems(recipe, step, steps, source)
+        if not problems:
+            step, more = _forecast(recipe, step)
+            problems += more
+        if stage.on_source_too and (original := _on_source(step, source, source_key, steps, recipe.recipe.seed)):
+            if original.key not in keys:
+                keys[original.key] = len(steps)
+                steps.append(original)
+        index_of[position] = len(steps)
+        keys[step.key] = len(steps)
+        steps.append(step)
+    if problems:
+        raise RecipeError(tuple(problems), recipe.path)
+    return Plan(recipe, source_key, source, tuple(steps), index_of)
+
+
+def _wire(recipe: LoadedRecipe, stages: Sequence[Stage], problems: list[Diagnostic]) -> list[dict[str, int]]:
+    """For each stage: parameter -> recipe position of its producer (SOURCE for the model itself)."""
+    entries = recipe.recipe.stages
+    ids: dict[str, int] = {}
+    wiring: list[dict[str, int]] = []
+    for position, (entry, stage) in enumerate(zip(entries, stages, strict=True)):
+        problems += _use_problems(recipe, position, entry, stage, ids, stages)
+        wired = {}
+        for name, wanted in stage.inputs.items():
+            named = entry.use.get(name)
+            if named is not None and (named in ids or named == "source"):
+                wired[name] = ids.get(named, SOURCE)
+            elif (origin := _newest(wanted, stages[:position])) is not None:
+                wired[name] = origin
+            elif not wanted.optional and named is None:
+                problems.append(_missing(recipe, position, entry, wanted))
+        wiring.append(wired)
+        if entry.id is not None:
+            if entry.id in ids or entry.id == "source":
+                message = f"the id `{entry.id}` is taken"
+                problems.append(Diagnostic(message, recipe.located.place(f"stages.{position}.id"), "ids must differ; `source` is the model itself"))
+            ids.setdefault(entry.id, position)
+    return wiring
+
+
+def _newest(wanted: Input, earlier: Sequence[Stage]) -> int | None:
+    for position in reversed(range(len(earlier))):
+        if issubclass(earlier[position].output, wanted.type):
+            return position
+    return SOURCE if issubclass(Checkpoint, wanted.type) else None
+
+
+_MAKERS = {CalibrationStats: "calibrate/statistics", ExpertPlan: "cluster/hc-smoe"}
+
+
+def _missing(recipe: LoadedRecipe, position: int, entry: StageEntry, wanted: Input) -> Diagnostic:
+    place = recipe.located.place(f"stages.{position}.run")
+    kinds = sorted({name.partition("/")[0] for name in lookup.names() if _makes(name, wanted.type)})
+    line = f" above line {place.line}" if place else ""
+    return Diagnostic(f"`{entry.run}` needs {wanted.type.__name__}", place, f"add a `{' or '.join(kinds)}/...` stage{line}" if kinds else None)
+
+
+def _makes(name: str, kind: type[Artifact]) -> bool:
+    return issubclass(lookup.find(name).output, kind)
+
+
+def _use_problems(
+    recipe: LoadedRecipe, position: int, entry: StageEntry, stage: Stage, ids: Mapping[str, int], stages: Sequence[Stage]
+) -> Iterator[Diagnostic]:
+    for name, target in entry.use.items():
+        path = f"stages.{position}.use.{name}"
+        if name not in stage.inputs:
+            known = ", ".join(f"`{n}`" for n in stage.inputs) or "nothing"
+            yield Diagnostic(f"`{stage.name}` has no input `{name}`", recipe.located.key_place(path), f"it takes {known}")
+        elif target != "source" and target not in ids:
+            known = ", ".join(f"`{n}`" for n in [*ids, "source"])
+            yield Diagnostic(f"no earlier stage has the id `{target}`", recipe.located.place(path), f"known here: {known}")
+        else:
+            made = Checkpoint if target == "source" else stages[ids[target]].output
+            if not issubclass(made, stage.inputs[name].type):
+                wanted = stage.inputs[name].type.__name__
+                yield Diagnostic(f"`{target}` makes {made.__name__}, but `{name}` must be {wanted}", recipe.located.place(path))
+
+
+def _resolve_options(options: Sequence[Options], stages: Sequence[Stage], wiring: Sequence[Mapping[str, int]]) -> list[Options]:
+    """Tell each stage what the stages that read its artifact need."""
+    needs: list[set[str]] = [set() for _ in stages]
+    for stage, opt, wired in zip(stages, options, wiring, strict=True):
+        for origin in wired.values():
+            if origin != SOURCE:
+                needs[origin].update(stage.needs(opt))
+    return [opt.resolve(tuple(sorted(wanted))) for opt, wanted in zip(options, needs, strict=True)]
+
+
+def _step(
+    position: int, label: str, stage: Stage, options: Options, inputs: Mapping[str, int],
+    steps: Sequence[Step], source: ModelSketch, source_key: str, seed: int, baseline: bool = False,
+) -> Step:  # fmt: skip
+    keys = {name: source_key if i == SOURCE else steps[i].key for name, i in inputs.items()}
+    identity = {"stage": stage.name, "version": stage.version, "options": option_identity(options), "inputs": keys, "seed": seed}
+    return Step(position, label, stage, options, dict(inputs), key_of(identity), identity, baseline, _sketch_before(inputs, steps, source))
+
+
+def _sketch_before(inputs: Mapping[str, int], steps: Sequence[Step], source: ModelSketch) -> ModelSketch:
+    """The model as this step gets it: from its checkpoint input, else from whatever its inputs were made of."""
+    made = {i: source if i == SOURCE else steps[i].sketch for i in inputs.values()}
+    checkpoints = [i for i in inputs.values() if i == SOURCE or steps[i].writes_weights]
+    sketch = made[checkpoints[0]] if checkpoints else next(iter(made.values()), source)
+    planned = next((made[i].planned for i in inputs.values() if i != SOURCE and made[i].planned), None)
+    return replace(sketch, planned=planned)
+
+
+def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence[Step], seed: int) -> Step | None:
+    """The same evaluation on the source model, unless that is what it evaluates already."""
+    inputs = {name: SOURCE if issubclass(step.stage.inputs[name].type, Checkpoint) else i for name, i in step.inputs.items()}
+    if inputs == step.inputs:
+        return None
+    return _step(step.position, f"{step.label} (source)", step.stage, step.options, inputs, steps, source, source_key, seed, True)
+
+
+def _model_problems(recipe: LoadedRecipe, step: Step, steps: Sequence[Step], source: ModelSketch) -> Iterator[Diagnostic]:
+    for problem in step.options.problems(step.sketch.facts):
+        yield Diagnostic(problem.message, _place(recipe, step.position, problem), problem.hint)
+    facts = step.sketch.facts
+    for name, index in step.inputs.items():
+        if index == SOURCE or not issubclass(steps[index].stage.output, CalibrationStats | ExpertPlan):
+            continue
+        seen = steps[index].sketch.facts
+        merged_by_plan = issubclass(steps[index].stage.output, ExpertPlan) and facts.router_rows == seen.router_rows
+        if seen.router_rows != facts.router_rows and not merged_by_plan:
+            place = recipe.located.place(f"stages.{step.position}.run")
+            line = f" above line {place.line}" if place else ""
+            yield Diagnostic(
+                f"`{name}` comes from a model with {seen.router_rows} experts, but the model here has {facts.router_rows}",
+                place, f"add a `calibrate/statistics` stage{line}",
+            )  # fmt: skip
+
+
+def _forecast(recipe: LoadedRecipe, step: Step) -> tuple[Step, list[Diagnostic]]:
+    try:
+        return replace(step, sketch=step.options.forecast(step.sketch)), []
+    except MoecliError as error:
+        place = recipe.located.place(f"stages.{step.position}.run")
+        return step, [Diagnostic(error.message, place, error.hint)]
+
+
+def _place(recipe: LoadedRecipe, position: int, problem: Problem) -> Any:
+    base = f"stages.{position}"
+    if not problem.option:
+        return recipe.located.place(f"{base}.run")
+    return recipe.located.place(f"{base}.with.{problem.option}") or recipe.located.place(f"{base}.run")
+
+
+def option_identity(options: Options) -> dict[str, Any]:
+    """Options as they enter a key: run settings left out, local files replaced by a digest of their content."""
+    from moecli.io.sources import digest_path
+
+    values = options.model_dump(mode="json")
+    for name, info in type(options).model_fields.items():
+        if any(isinstance(mark, RunSetting) for mark in info.metadata):
+            del values[name]
+        elif any(isinstance(mark, SourcePath) for mark in info.metadata) and values[name] is not None:
+            path = Path(values[name])
+            if path.exists():
+                values[name] = f"sha256:{digest_path(path)}"
+    return values
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """sha256 over canonical JSON, as hexadecimal."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
