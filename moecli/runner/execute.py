@@ -1,0 +1,295 @@
+"""Run the steps of a plan that are not done yet, write `model/`, verify it, and report."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from moecli import __version__
+from moecli.core.artifacts import Artifact, Checkpoint, CheckpointWriter
+from moecli.core.errors import StageFailed, SurroundingsError, UsageError
+from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
+from moecli.io.store import RunFolder, StageFolder
+from moecli.recipe.schema import resolved_yaml
+from moecli.runner import lookup
+from moecli.runner.plan import SOURCE, Plan, Step, key_of
+
+T = TypeVar("T")
+A = TypeVar("A", bound=Artifact)
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+"""Gets every event as it is written to events.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one step left behind in this run."""
+
+    step: Step
+    cached: bool
+    manifest: Mapping[str, Any]
+
+
+@dataclass
+class StageContext:
+    """The Context of one running stage."""
+
+    step: Step
+    folder: StageFolder
+    device: torch.device
+    seed: int
+    emit: Listener
+    notes: list[str] = field(default_factory=list)
+    records: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng = torch.Generator().manual_seed(int(self.step.key[:15], 16))
+
+    def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
+        return self.folder.part(name, kind, make)
+
+    def has_part(self, name: str) -> bool:
+        return self.folder.has_part(name)
+
+    def track(self, items: Sequence[T], label: str) -> Iterator[T]:
+        started = time.monotonic()
+        for done, item in enumerate(items):
+            self._progress(label, done, len(items), started)
+            yield item
+        self._progress(label, len(items), len(items), started)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.emit({"event": "note", "stage": self.step.label, "text": text})
+
+    def record(self, name: str, value: Any) -> None:
+        self.records[name] = value
+
+    def writer(self, parent: Checkpoint, config: Mapping[str, Any] | None = None) -> CheckpointWriter:
+        return OverlayWriter(self.folder.work, parent, config)
+
+    def _progress(self, label: str, done: int, total: int, started: float) -> None:
+        elapsed = time.monotonic() - started
+        eta = elapsed / done * (total - done) if done else None
+        self.emit({"event": "progress", "stage": self.step.label, "label": label, "done": done, "total": total, "eta_s": eta})
+
+
+class Execution:
+    """One run of a plan in one folder."""
+
+    def __init__(self, plan: Plan, source: Checkpoint, run: RunFolder, device: torch.device, listener: Listener | None = None) -> None:
+        self.plan, self.source, self.run, self.device = plan, source, run, device
+        self._listener = listener
+        self.outcomes: dict[int, Outcome] = {}
+
+    def emit(self, event: Event) -> None:
+        stamped = {"time": round(time.time(), 3), **event}
+        self.run.append_event(stamped)
+        if self._listener:
+            self._listener(stamped)
+
+    def folder(self, step: Step) -> StageFolder:
+        return self.run.stage(step.folder_name, step.key)
+
+    def step(self, index: int) -> Outcome:
+        """Run one step, or take what is there."""
+        step = self.plan.steps[index]
+        folder = self.folder(step)
+        if folder.complete:
+            self.emit({"event": "stage_cached", "stage": step.label, "key": step.key})
+            outcome = Outcome(step, True, folder.manifest())
+        else:
+            outcome = Outcome(step, False, self._run(step, folder))
+        self.outcomes[index] = outcome
+        return outcome
+
+    def _run(self, step: Step, folder: StageFolder) -> dict[str, Any]:
+        self.emit({"event": "stage_started", "stage": step.label, "key": step.key})
+        folder.begin()
+        ctx = StageContext(step, folder, self.device, self.plan.recipe.recipe.seed, self.emit)
+        inputs = {name: self.artifact(i, step.stage.inputs[name].type) for name, i in step.inputs.items()}
+        missing = {name: None for name, wanted in step.stage.inputs.items() if wanted.optional and name not in inputs}
+        _reset_peaks(self.device)
+        started = time.monotonic()
+        try:
+            artifact = step.stage.run(step.options, **inputs, **missing, ctx=ctx)
+        except StageFailed as error:
+            where = f", {error.where}" if error.where else ""
+            raise StageFailed(f"{step.label} stopped{where}: {error.message}", hint=error.hint) from error
+        except torch.cuda.OutOfMemoryError as error:
+            hint = "lower `batch_size` of this stage, or pass `--device cpu`; finished layers are saved"
+            raise SurroundingsError(f"{step.label} ran out of GPU memory ({error})", hint=hint) from error
+        if not isinstance(artifact, Checkpoint):
+            folder.save(artifact)
+        manifest = {
+            "identity": step.identity,
+            "source_sha256": code_digest(step.stage.name),
+            "seconds": round(time.monotonic() - started, 3),
+            **_peaks(self.device),
+            "notes": ctx.notes,
+            "records": ctx.records,
+            "moecli": __version__,
+        }
+        folder.finish(manifest)
+        self.emit({"event": "stage_finished", "stage": step.label, "seconds": manifest["seconds"]})
+        return manifest
+
+    def artifact(self, index: int, kind: type[Artifact]) -> Artifact:
+        """What a finished step made, read from its folder."""
+        if index == SOURCE:
+            return self.source
+        if self.plan.steps[index].writes_weights:
+            return self.checkpoint(index)
+        return self.folder(self.plan.steps[index]).load(self.plan.steps[index].stage.output)
+
+    def checkpoint(self, index: int) -> Checkpoint:
+        """The source, or the overlay a weight stage wrote over its own input."""
+        if index == SOURCE:
+            return self.source
+        step = self.plan.steps[index]
+        parent = next(i for name, i in step.inputs.items() if issubclass(step.stage.inputs[name].type, Checkpoint))
+        return OverlayCheckpoint(self.folder(step).path, self.checkpoint(parent))
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Where everything is."""
+
+    run_dir: Path
+    model: Path | None
+    report: Any
+    """`runner.report.Report`, None when `until` stopped the run before the end."""
+
+
+def run(
+    plan: Plan, source: Checkpoint, run_dir: Path, *, device: torch.device | str = "cpu",
+    until: str | None = None, redo: str | None = None, listener: Listener | None = None,
+) -> RunResult:  # fmt: skip
+    """Run a plan in `run_dir`. `until` stops after the named stage; `redo` forgets its result first.
+
+    Raises SurroundingsError when another run holds the folder or it cannot be written, StageFailed when a stage
+    or the verification of `model/` fails; finished work is kept.
+    """
+    stop = len(plan.steps) if until is None else named_step(plan, until) + 1
+    folder = RunFolder(run_dir)
+    with folder.lock():
+        execution = Execution(plan, source, folder, torch.device(device), listener)
+        folder.write_text("recipe.yaml", resolved_yaml(plan.recipe))
+        if redo is not None:
+            execution.folder(plan.steps[named_step(plan, redo)]).remove()
+        for index in range(stop):
+            execution.step(index)
+            if index == plan.final:
+                _export(execution)
+        if stop < len(plan.steps):
+            return RunResult(run_dir, None, None)
+        return _finish(execution)
+
+
+def named_step(plan: Plan, name: str) -> int:
+    """Index of the last step with this id, name, or method name. Raises UsageError when there is none."""
+    matches = [i for i, step in enumerate(plan.steps) if not step.baseline and name in names_of(step)]
+    if not matches:
+        known = ", ".join(dict.fromkeys(f"`{step.label}`" for step in plan.steps if not step.baseline))
+        raise UsageError(f"the recipe has no stage `{name}`", hint=f"its stages are {known}")
+    return matches[-1]
+
+
+def names_of(step: Step) -> tuple[str, ...]:
+    """Everything `--until` and `--redo` may call a step: id, full name, kind, method."""
+    kind, _, method = step.stage.name.partition("/")
+    return (step.label, step.stage.name, kind, method)
+
+
+def _export(execution: Execution) -> None:
+    """Write `model/` from the last weight stage and verify it, unless exactly that is there already."""
+    from moecli.io.reader import digest
+    from moecli.runner.export import choose, export
+    from moecli.runner.verify import verify
+
+    plan = execution.plan
+    checkpoint = execution.checkpoint(plan.final)
+    kind = plan.recipe.recipe.export
+    kind = choose(checkpoint) if kind == "auto" else kind
+    identity = {"stage": "export", "version": 1, "kind": kind, "inputs": {"model": plan.key_of(plan.final)}}
+    folder = execution.run.stage("export", key_of(identity))
+    target = execution.run.path / "model"
+    if folder.complete and (target / "config.json").exists() and digest(target) == folder.manifest()["digest"]:
+        execution.emit({"event": "stage_cached", "stage": "export", "key": key_of(identity)})
+        return
+    if folder.complete:
+        folder.remove()
+    execution.emit({"event": "stage_started", "stage": "export", "key": key_of(identity)})
+    started = time.monotonic()
+    folder.begin()
+    export(checkpoint, target, kind)
+    execution.emit({"event": "note", "stage": "export", "text": f"verifying {kind} export in a fresh process"})
+    verification = verify(target, checkpoint, source=execution.source)
+    if verification.problems:
+        raise StageFailed(f"model/ does not verify: {verification.problems[0]}", hint=f"moecli verify {target}")
+    seconds = round(time.monotonic() - started, 3)
+    folder.finish({"identity": identity, "kind": kind, "digest": digest(target), "seconds": seconds,
+                   "verification": verification.as_json(), "moecli": __version__})  # fmt: skip
+    execution.emit({"event": "stage_finished", "stage": "export", "seconds": seconds})
+
+
+def _finish(execution: Execution) -> RunResult:
+    from moecli.runner.gather import gather
+    from moecli.runner.report import save, write_card
+
+    run = execution.run
+    report = gather(execution)
+    save(report, run.path / "report")
+    model = run.path / "model" if execution.plan.final != SOURCE else None
+    if model is not None:
+        write_card(report, model)
+    run.write_json("manifest.json", manifest(execution))
+    execution.emit({"event": "run_finished", "report": str(run.path / "report" / "report.html")})
+    return RunResult(run.path, model, report)
+
+
+def manifest(execution: Execution) -> dict[str, Any]:
+    """Versions, seed, keys, timings and peaks of a run."""
+    stages = [
+        {"label": o.step.label, "stage": o.step.stage.name, "key": o.step.key, "cached": o.cached,
+         **{name: o.manifest.get(name) for name in ("seconds", "peak_cpu_bytes", "peak_gpu_bytes")}}
+        for o in execution.outcomes.values()
+    ]  # fmt: skip
+    return {"environment": environment(execution.device), "seed": execution.plan.recipe.recipe.seed,
+            "source_key": execution.plan.source_key, "stages": stages}  # fmt: skip
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and device of this process."""
+    from importlib.metadata import version
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"moecli": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": version("transformers"), "device": f"{device.type} ({name})"}  # fmt: skip
+
+
+def code_digest(stage_name: str) -> str:
+    """sha256 of a stage's source file: recorded, not keyed, so that `status` can say that the code changed."""
+    return hashlib.sha256(lookup.source_path(stage_name).read_bytes()).hexdigest()
+
+
+def _reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peaks(device: torch.device) -> dict[str, int | None]:
+    """Peak memory: of the process so far on the CPU, of this stage on the GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"peak_cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_gpu_bytes": gpu}
