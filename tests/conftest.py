@@ -1,0 +1,29 @@
+"""Fixtures every test module may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model("qwen3_moe", experts=8)`: the folder of a toy model, made once a session. Read it, never write."""
+    from tests import tiny
+
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(model_type: str, **options: Any) -> Path:
+        key = (model_type, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = tiny.make(model_type, tmp_path_factory.mktemp(model_type), **options)
+        return made[key]
+
+    return get
