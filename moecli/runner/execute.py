@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import resource
 import sys
@@ -21,6 +22,7 @@ from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
 from moecli.io.store import RunFolder, StageFolder
 from moecli.recipe.schema import resolved_yaml
 from moecli.runner import lookup
+from moecli.runner.open import OpenedRecipe
 from moecli.runner.plan import SOURCE, Plan, Step, key_of
 
 T = TypeVar("T")
@@ -87,10 +89,13 @@ class StageContext:
 class Execution:
     """One run of a plan in one folder."""
 
-    def __init__(self, plan: Plan, source: Checkpoint, run: RunFolder, device: torch.device, listener: Listener | None = None) -> None:
-        self.plan, self.source, self.run, self.device = plan, source, run, device
+    def __init__(self, opened: OpenedRecipe, run: RunFolder, device: torch.device, listener: Listener | None = None) -> None:
+        self.plan, self.source, self.origin = opened.plan, opened.source, opened.origin
+        self.run, self.device = run, device
         self._listener = listener
         self.outcomes: dict[int, Outcome] = {}
+        self.exported: Mapping[str, Any] = {}
+        """Manifest of the export, empty while there is none."""
 
     def emit(self, event: Event) -> None:
         stamped = {"time": round(time.time(), 3), **event}
@@ -116,7 +121,7 @@ class Execution:
     def _run(self, step: Step, folder: StageFolder) -> dict[str, Any]:
         self.emit({"event": "stage_started", "stage": step.label, "key": step.key})
         folder.begin()
-        ctx = StageContext(step, folder, self.device, self.plan.recipe.recipe.seed, self.emit)
+        ctx = StageContext(step, folder, self.device, self.plan.recipe.seed, self.emit)
         inputs = {name: self.artifact(i, step.stage.inputs[name].type) for name, i in step.inputs.items()}
         missing = {name: None for name, wanted in step.stage.inputs.items() if wanted.optional and name not in inputs}
         _reset_peaks(self.device)
@@ -172,7 +177,7 @@ class RunResult:
 
 
 def run(
-    plan: Plan, source: Checkpoint, run_dir: Path, *, device: torch.device | str = "cpu",
+    opened: OpenedRecipe, run_dir: Path, *, device: torch.device | str = "cpu",
     until: str | None = None, redo: str | None = None, listener: Listener | None = None,
 ) -> RunResult:  # fmt: skip
     """Run a plan in `run_dir`. `until` stops after the named stage; `redo` forgets its result first.
@@ -180,11 +185,12 @@ def run(
     Raises SurroundingsError when another run holds the folder or it cannot be written, StageFailed when a stage
     or the verification of `model/` fails; finished work is kept.
     """
+    plan = opened.plan
     stop = len(plan.steps) if until is None else named_step(plan, until) + 1
     folder = RunFolder(run_dir)
     with folder.lock():
-        execution = Execution(plan, source, folder, torch.device(device), listener)
-        folder.write_text("recipe.yaml", resolved_yaml(plan.recipe))
+        execution = Execution(opened, folder, torch.device(device), listener)
+        folder.write_text("recipe.yaml", resolved_yaml(plan.recipe, plan.options))
         if redo is not None:
             execution.folder(plan.steps[named_step(plan, redo)]).remove()
         for index in range(stop):
@@ -219,13 +225,14 @@ def _export(execution: Execution) -> None:
 
     plan = execution.plan
     checkpoint = execution.checkpoint(plan.final)
-    kind = plan.recipe.recipe.export
+    kind = plan.recipe.export
     kind = choose(checkpoint) if kind == "auto" else kind
     identity = {"stage": "export", "version": 1, "kind": kind, "inputs": {"model": plan.key_of(plan.final)}}
     folder = execution.run.stage("export", key_of(identity))
     target = execution.run.path / "model"
     if folder.complete and (target / "config.json").exists() and digest(target) == folder.manifest()["digest"]:
         execution.emit({"event": "stage_cached", "stage": "export", "key": key_of(identity)})
+        execution.exported = folder.manifest()
         return
     if folder.complete:
         folder.remove()
@@ -240,6 +247,7 @@ def _export(execution: Execution) -> None:
     seconds = round(time.monotonic() - started, 3)
     folder.finish({"identity": identity, "kind": kind, "digest": digest(target), "seconds": seconds,
                    "verification": verification.as_json(), "moecli": __version__})  # fmt: skip
+    execution.exported = folder.manifest()
     execution.emit({"event": "stage_finished", "stage": "export", "seconds": seconds})
 
 
@@ -253,7 +261,7 @@ def _finish(execution: Execution) -> RunResult:
     model = run.path / "model" if execution.plan.final != SOURCE else None
     if model is not None:
         write_card(report, model)
-    run.write_json("manifest.json", manifest(execution))
+    run.write_text("manifest.json", json.dumps(manifest(execution), indent=1) + "\n")
     execution.emit({"event": "run_finished", "report": str(run.path / "report" / "report.html")})
     return RunResult(run.path, model, report)
 
@@ -265,7 +273,7 @@ def manifest(execution: Execution) -> dict[str, Any]:
          **{name: o.manifest.get(name) for name in ("seconds", "peak_cpu_bytes", "peak_gpu_bytes")}}
         for o in execution.outcomes.values()
     ]  # fmt: skip
-    return {"environment": environment(execution.device), "seed": execution.plan.recipe.recipe.seed,
+    return {"environment": environment(execution.device), "seed": execution.plan.recipe.seed,
             "source_key": execution.plan.source_key, "stages": stages}  # fmt: skip
 
 

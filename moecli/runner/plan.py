@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, Expert
 from moecli.core.errors import Diagnostic, MoecliError, Problem, RecipeError
 from moecli.core.model import ModelSketch
 from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
-from moecli.recipe.schema import LoadedRecipe, StageEntry
+from moecli.recipe.schema import Recipe, StageEntry
 from moecli.runner import lookup
 
 SOURCE = -1
@@ -55,12 +55,13 @@ class Step:
 class Plan:
     """A recipe that can be run: every input found, every option checked against the model."""
 
-    recipe: LoadedRecipe
+    recipe: Recipe
     source_key: str
     """Key of the source model: id and revision, or a digest of a local folder's headers."""
     source: ModelSketch
     steps: tuple[Step, ...]
-    positions: Mapping[int, int] = field(default_factory=dict)
+    options: tuple[Options, ...]
+    """Of each stage of the recipe, with every default and every `auto` written out."""
 
     @property
     def final(self) -> int:
@@ -77,26 +78,26 @@ class Plan:
         return "source" if index == SOURCE else self.steps[index].label
 
 
-def make_plan(recipe: LoadedRecipe, source: ModelSketch, source_key: str) -> Plan:
+def make_plan(recipe: Recipe, source: ModelSketch, source_key: str) -> Plan:
     """Resolve wiring and keys. Raises RecipeError with every problem found, in file order."""
-    stages = [lookup.find(entry.run) for entry in recipe.recipe.stages]
+    stages = [lookup.find(entry.run) for entry in recipe.stages]
     problems: list[Diagnostic] = []
     wiring = _wire(recipe, stages, problems)
     if problems:
         raise RecipeError(tuple(problems), recipe.path)
-    options = _resolve_options(recipe.options, stages, wiring)
+    options = _resolve_options([entry.options for entry in recipe.stages], stages, wiring)
     steps: list[Step] = []
     index_of: dict[int, int] = {SOURCE: SOURCE}
     keys: dict[str, int] = {}
-    for position, (entry, stage) in enumerate(zip(recipe.recipe.stages, stages, strict=True)):
+    for position, (entry, stage) in enumerate(zip(recipe.stages, stages, strict=True)):
         inputs = {name: index_of[origin] for name, origin in wiring[position].items()}
         label = entry.id or entry.run
-        step = _step(position, label, stage, options[position], inputs, steps, source, source_key, recipe.recipe.seed)
+        step = _step(position, label, stage, options[position], inputs, steps, source, source_key, recipe.seed)
         problems += _model_problems(recipe, step, steps, source)
         if not problems:
             step, more = _forecast(recipe, step)
             problems += more
-        if stage.on_source_too and (original := _on_source(step, source, source_key, steps, recipe.recipe.seed)):
+        if stage.on_source_too and (original := _on_source(step, source, source_key, steps, recipe.seed)):
             if original.key not in keys:
                 keys[original.key] = len(steps)
                 steps.append(original)
@@ -105,12 +106,12 @@ def make_plan(recipe: LoadedRecipe, source: ModelSketch, source_key: str) -> Pla
         steps.append(step)
     if problems:
         raise RecipeError(tuple(problems), recipe.path)
-    return Plan(recipe, source_key, source, tuple(steps), index_of)
+    return Plan(recipe, source_key, source, tuple(steps), tuple(options))
 
 
-def _wire(recipe: LoadedRecipe, stages: Sequence[Stage], problems: list[Diagnostic]) -> list[dict[str, int]]:
+def _wire(recipe: Recipe, stages: Sequence[Stage], problems: list[Diagnostic]) -> list[dict[str, int]]:
     """For each stage: parameter -> recipe position of its producer (SOURCE for the model itself)."""
-    entries = recipe.recipe.stages
+    entries = recipe.stages
     ids: dict[str, int] = {}
     wiring: list[dict[str, int]] = []
     for position, (entry, stage) in enumerate(zip(entries, stages, strict=True)):
@@ -126,10 +127,10 @@ def _wire(recipe: LoadedRecipe, stages: Sequence[Stage], problems: list[Diagnost
                 problems.append(_missing(recipe, position, entry, wanted))
         wiring.append(wired)
         if entry.id is not None:
-            if entry.id in ids or entry.id == "source":
-                message = f"the id `{entry.id}` is taken"
-                problems.append(Diagnostic(message, recipe.located.place(f"stages.{position}.id"), "ids must differ; `source` is the model itself"))
-            ids.setdefault(entry.id, position)
+            if entry.id == "source":
+                place = recipe.located.place(f"stages.{position}.id")
+                problems.append(Diagnostic("the id `source` is taken by the model itself", place, "choose another id"))
+            ids[entry.id] = position
     return wiring
 
 
@@ -140,10 +141,7 @@ def _newest(wanted: Input, earlier: Sequence[Stage]) -> int | None:
     return SOURCE if issubclass(Checkpoint, wanted.type) else None
 
 
-_MAKERS = {CalibrationStats: "calibrate/statistics", ExpertPlan: "cluster/hc-smoe"}
-
-
-def _missing(recipe: LoadedRecipe, position: int, entry: StageEntry, wanted: Input) -> Diagnostic:
+def _missing(recipe: Recipe, position: int, entry: StageEntry, wanted: Input) -> Diagnostic:
     place = recipe.located.place(f"stages.{position}.run")
     kinds = sorted({name.partition("/")[0] for name in lookup.names() if _makes(name, wanted.type)})
     line = f" above line {place.line}" if place else ""
@@ -155,13 +153,13 @@ def _makes(name: str, kind: type[Artifact]) -> bool:
 
 
 def _use_problems(
-    recipe: LoadedRecipe, position: int, entry: StageEntry, stage: Stage, ids: Mapping[str, int], stages: Sequence[Stage]
+    recipe: Recipe, position: int, entry: StageEntry, stage: Stage, ids: Mapping[str, int], stages: Sequence[Stage]
 ) -> Iterator[Diagnostic]:
     for name, target in entry.use.items():
         path = f"stages.{position}.use.{name}"
         if name not in stage.inputs:
             known = ", ".join(f"`{n}`" for n in stage.inputs) or "nothing"
-            yield Diagnostic(f"`{stage.name}` has no input `{name}`", recipe.located.key_place(path), f"it takes {known}")
+            yield Diagnostic(f"`{stage.name}` has no input `{name}`", recipe.located.place(path, key=True), f"it takes {known}")
         elif target != "source" and target not in ids:
             known = ", ".join(f"`{n}`" for n in [*ids, "source"])
             yield Diagnostic(f"no earlier stage has the id `{target}`", recipe.located.place(path), f"known here: {known}")
@@ -208,7 +206,7 @@ def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence
     return _step(step.position, f"{step.label} (source)", step.stage, step.options, inputs, steps, source, source_key, seed, True)
 
 
-def _model_problems(recipe: LoadedRecipe, step: Step, steps: Sequence[Step], source: ModelSketch) -> Iterator[Diagnostic]:
+def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step], source: ModelSketch) -> Iterator[Diagnostic]:
     for problem in step.options.problems(step.sketch.facts):
         yield Diagnostic(problem.message, _place(recipe, step.position, problem), problem.hint)
     facts = step.sketch.facts
@@ -226,7 +224,7 @@ def _model_problems(recipe: LoadedRecipe, step: Step, steps: Sequence[Step], sou
             )  # fmt: skip
 
 
-def _forecast(recipe: LoadedRecipe, step: Step) -> tuple[Step, list[Diagnostic]]:
+def _forecast(recipe: Recipe, step: Step) -> tuple[Step, list[Diagnostic]]:
     try:
         return replace(step, sketch=step.options.forecast(step.sketch)), []
     except MoecliError as error:
@@ -234,7 +232,7 @@ def _forecast(recipe: LoadedRecipe, step: Step) -> tuple[Step, list[Diagnostic]]
         return step, [Diagnostic(error.message, place, error.hint)]
 
 
-def _place(recipe: LoadedRecipe, position: int, problem: Problem) -> Any:
+def _place(recipe: Recipe, position: int, problem: Problem) -> Any:
     base = f"stages.{position}"
     if not problem.option:
         return recipe.located.place(f"{base}.run")

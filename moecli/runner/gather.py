@@ -1,0 +1,169 @@
+"""What a finished execution says about itself, as a Report."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from moecli import __version__
+from moecli.core.artifacts import CalibrationStats, Checkpoint, Evaluation, ExpertPlan
+from moecli.families import Linear, linears_of
+from moecli.io.formats import DenseView
+from moecli.recipe.schema import resolved_yaml
+from moecli.runner import lookup
+from moecli.runner.execute import Execution, Outcome, environment
+from moecli.runner.plan import SOURCE
+from moecli.runner.report import (
+    Calibration,
+    Dendrogram,
+    Environment,
+    Figures,
+    MetricRow,
+    Part,
+    Report,
+    SizeRecord,
+    SizeSide,
+    SourceRecord,
+    StageRecord,
+    Verification,
+    metric_rows,
+)
+
+_PARTS: Mapping[str, Part] = {"expert": "experts", "attention": "attention", "router": "router", "shared": "shared"}
+
+
+def gather(execution: Execution) -> Report:
+    """The report of an execution whose steps are all done."""
+    plan, final = execution.plan, execution.plan.final
+    origin = execution.origin
+    env = environment(execution.device)
+    return Report(
+        name=plan.recipe.name or execution.run.path.name,
+        created_by=__version__,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        recipe=resolved_yaml(plan.recipe, plan.options),
+        source=SourceRecord(name=origin.name, kind=origin.kind, revision=origin.revision, digest=origin.digest),
+        environment=Environment(python=env["python"], torch=env["torch"], transformers=env["transformers"], device=env["device"]),
+        stages=tuple(_stage(outcome) for outcome in execution.outcomes.values()),
+        export=execution.exported.get("kind"),
+        size=SizeRecord(
+            before=size_of(execution.source), after=size_of(execution.checkpoint(final)) if final != SOURCE else None
+        ),
+        metrics=tuple(_metrics(execution)),
+        calibration=_calibration(execution),
+        figures_data=_figures(execution),
+        verification=Verification.model_validate(execution.exported["verification"]) if execution.exported else None,
+    )
+
+
+def _stage(outcome: Outcome) -> StageRecord:
+    manifest = outcome.manifest
+    return StageRecord(
+        name=outcome.step.stage.name,
+        id=outcome.step.label,
+        key=outcome.step.key,
+        cached=outcome.cached,
+        seconds=manifest["seconds"],
+        peak_cpu_bytes=manifest["peak_cpu_bytes"],
+        peak_gpu_bytes=manifest["peak_gpu_bytes"],
+        notes=tuple(manifest["notes"]),
+        papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", lookup.docstring(outcome.step.stage.name)))),
+    )
+
+
+def size_of(checkpoint: Checkpoint) -> SizeSide:
+    """Bytes as stored, parameters as used, by part."""
+    dense = DenseView(checkpoint)
+    specs = {name: dense.spec(name) for name in dense.names()}
+    roles = {linear.name: linear for linear in linears_of(checkpoint.config, specs)}
+    stored = {name: checkpoint.spec(name).bytes for name in checkpoint.names()}
+    by_part: Counter[Part] = Counter()
+    for name, size in stored.items():
+        by_part[_part(name, roles)] += size
+    facts = checkpoint.facts
+    maps = sum(spec.numel for name, spec in specs.items() if name.endswith(".alias_map"))
+    return SizeSide(
+        bytes=sum(stored.values()),
+        parameters=sum(spec.numel for spec in specs.values()) - maps,
+        experts=(facts.experts,) * len(facts.moe_layers),
+        router_rows=(facts.router_rows,) * len(facts.moe_layers),
+        by_part=dict(by_part),
+    )
+
+
+def _part(name: str, linears: Mapping[str, Linear]) -> Part:
+    weight = re.sub(r"\.weight_(packed|scale|shape)$", ".weight", name)
+    if weight in linears and linears[weight].role in _PARTS:
+        return _PARTS[linears[weight].role]
+    return "embeddings" if re.search(r"embed|lm_head|wte", name) else "other"
+
+
+def _of_type(execution: Execution, kind: type) -> Iterable[Outcome]:
+    return [o for o in execution.outcomes.values() if issubclass(o.step.stage.output, kind)]
+
+
+def _metrics(execution: Execution) -> Iterable[MetricRow]:
+    """Each evaluation beside the same evaluation of the source; the last one of each task and metric counts."""
+    rows: dict[tuple[str, str], MetricRow] = {}
+    before: dict[int, Evaluation] = {}
+    for index, outcome in execution.outcomes.items():
+        if not issubclass(outcome.step.stage.output, Evaluation):
+            continue
+        found = execution.artifact(index, Evaluation)
+        assert isinstance(found, Evaluation)
+        if outcome.step.baseline or SOURCE in outcome.step.inputs.values():
+            before[outcome.step.position] = found
+        else:
+            old = before.get(outcome.step.position) or _same_on_source(execution, outcome)
+            rows |= {(row.task, row.metric): row for row in metric_rows(old, found)}
+    if not rows:
+        for found in before.values():
+            rows |= {(row.task, row.metric): row for row in metric_rows(found, None)}
+    return rows.values()
+
+
+def _same_on_source(execution: Execution, outcome: Outcome) -> Evaluation | None:
+    """An earlier evaluation with the same options that ran on the source itself."""
+    for index, other in execution.outcomes.items():
+        same = other.step.identity["options"] == outcome.step.identity["options"]
+        if same and other.step.stage is outcome.step.stage and SOURCE in other.step.inputs.values():
+            found = execution.artifact(index, Evaluation)
+            return found if isinstance(found, Evaluation) else None
+    return None
+
+
+def _calibration(execution: Execution) -> Calibration | None:
+    for outcome in _of_type(execution, CalibrationStats):
+        stats = execution.artifact(_index(execution, outcome), CalibrationStats)
+        assert isinstance(stats, CalibrationStats)
+        return Calibration(source=stats.source, tokens=max((s.tokens for s in stats.values()), default=0))
+    return None
+
+
+def _index(execution: Execution, outcome: Outcome) -> int:
+    return next(index for index, other in execution.outcomes.items() if other is outcome)
+
+
+def _figures(execution: Execution) -> Figures:
+    load: dict[int, tuple[int, ...]] = {}
+    for outcome in list(_of_type(execution, CalibrationStats))[:1]:
+        load = {int(layer): tuple(counts) for layer, counts in outcome.manifest["records"].get("load", {}).items()}
+    kept: dict[int, tuple[int, ...]] = {}
+    groups: dict[int, tuple[int, ...]] = {}
+    dendrograms: dict[int, Dendrogram] = {}
+    for outcome in execution.outcomes.values():
+        records = outcome.manifest["records"]
+        kept |= {int(layer): tuple(experts) for layer, experts in records.get("kept", {}).items()}
+        groups |= {int(layer): tuple(group) for layer, group in records.get("groups", {}).items()}
+    for outcome in list(_of_type(execution, ExpertPlan))[:1]:
+        plan = execution.artifact(_index(execution, outcome), ExpertPlan)
+        assert isinstance(plan, ExpertPlan)
+        for layer, layer_plan in plan.items():
+            if "linkage" in layer_plan.extra:
+                linkage = tuple(tuple(row) for row in layer_plan.extra["linkage"].tolist())
+                dendrograms[layer] = Dendrogram(linkage=linkage, groups=tuple(layer_plan.group_E.tolist()))
+            if layer in groups:
+                kept[layer] = tuple(layer_plan.lead_K.tolist())
+    return Figures(load=load, kept=kept, groups=groups, dendrograms=dendrograms)

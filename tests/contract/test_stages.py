@@ -1,0 +1,167 @@
+"""Every registered stage keeps the same promises; a new method is tested by being there.
+
+Options a method requires are taken from `VALUES` by name. A method with other required options adds its name here.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic_core import PydanticUndefined
+
+from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan
+from moecli.core.errors import RecipeError
+from moecli.io.store import RunFolder
+from moecli.runner import lookup
+from moecli.runner.execute import Execution
+from moecli.runner.execute import run as run_plan
+from moecli.runner.open import open_recipe
+
+VALUES = {"keep": 4, "bits": 4, "tasks": ["tiny_choice"]}
+OVERRIDES = {
+    "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
+    "quantize/rtn": {"group_size": 16},
+    "eval/lm-eval": {"limit": 4},
+    "eval/perplexity": {"window": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Text and a task, of our own making."""
+    folder = tmp_path_factory.mktemp("material")
+    words = ["a", "be", "cat", "dog", "eel", "fox", "gnu", "hen"]
+    rows = [" ".join(words[(i * j) % 8] for j in range(1, 60)) for i in range(1, 30)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    choices = [{"q": row[:40], "choices": ["cat", "dog"], "answer": i % 2} for i, row in enumerate(rows)]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    (folder / "tiny_choice.yaml").write_text(
+        "task: tiny_choice\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: '{{answer}}'\ndoc_to_choice: '{{choices}}'\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\nmetadata: {version: 1}\n"
+    )
+    return folder
+
+
+def options(name, material):
+    fields = lookup.find(name).options.model_fields
+    given = {"dataset": str(material / "text.jsonl"), "include": str(material)}
+    chosen = {f: given[f] for f in fields if f in given}
+    for field, info in fields.items():
+        if info.is_required() and field not in chosen:
+            assert field in VALUES, f"`{name}` requires `{field}`: add a value for it to VALUES"
+            chosen[field] = VALUES[field]
+        assert info.description, f"option `{field}` of `{name}` has no docstring"
+        assert info.default is not PydanticUndefined or info.is_required()
+    return chosen | OVERRIDES.get(name, {})
+
+
+def ways_to(name, material):
+    """The shortest recipe that ends in this stage."""
+    stage = lookup.find(name)
+    before = []
+    kinds = [i.type for i in stage.inputs.values() if not i.optional]
+    if stage.kind == "router":
+        before = ["calibrate/statistics", "cluster/hc-smoe", "merge/weighted"]
+    elif ExpertPlan in kinds:
+        before = ["calibrate/statistics", "cluster/hc-smoe"]
+    elif CalibrationStats in kinds:
+        before = ["calibrate/statistics"]
+    return [{"run": n, "with": options(n, material)} for n in [*before, name]]
+
+
+def write_recipe(folder, model, stages):
+    folder.mkdir(exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"recipe": 1, "model": str(model), "seed": 0, "stages": stages}))
+    return path
+
+
+def digest_of(folder: Path) -> dict[str, str]:
+    """sha256 by file, without what may differ: times and peaks live in the manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def execute(path, run_dir):
+    """Run all steps of a recipe without export; the folder of the last one."""
+    opened = open_recipe(path)
+    run = RunFolder(run_dir)
+    execution = Execution(opened, run, torch.device("cpu"))
+    with run.lock():
+        for index in range(len(opened.plan.steps)):
+            execution.step(index)
+    return execution, execution.folder(opened.plan.steps[-1]).path
+
+
+@pytest.mark.parametrize("name", lookup.names())
+def test_a_stage_is_deterministic_and_documented(name, material, tiny_model, tmp_path):
+    path = write_recipe(tmp_path, tiny_model("qwen3_moe"), ways_to(name, material))
+    first = digest_of(execute(path, tmp_path / "a")[1])
+    second = digest_of(execute(path, tmp_path / "b")[1])
+    volatile = {f for f in first if "results" in f or f == "artifact.json" and name == "eval/lm-eval"}
+    assert first.keys() == second.keys()
+    assert {f: d for f, d in first.items() if f not in volatile} == {f: d for f, d in second.items() if f not in volatile}
+    text = lookup.docstring(name)
+    assert f"run: {name}" in text, "the module docstring ends with a recipe"
+    assert lookup.summary(name).endswith(".")
+
+
+class PulledPlugError(BaseException):
+    """Stands for a crash: nothing may catch it."""
+
+
+@pytest.mark.parametrize("name", [n for n in lookup.names() if lookup.find(n).kind != "eval"])
+def test_a_stage_goes_on_after_a_crash(name, material, tiny_model, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, tiny_model("qwen3_moe"), ways_to(name, material))
+    whole = digest_of(execute(path, tmp_path / "whole")[1])
+
+    from moecli.io import store
+
+    finish = store.StageFolder.finish
+    stage_folder = name.replace("/", "-")
+
+    def pull_the_plug(self, manifest):
+        if self.path.parent.name == stage_folder:
+            raise PulledPlugError
+        finish(self, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.StageFolder, "finish", pull_the_plug)
+        with pytest.raises(PulledPlugError):
+            execute(path, tmp_path / "crashed")
+    assert digest_of(execute(path, tmp_path / "crashed")[1]) == whole
+
+
+@pytest.mark.parametrize("name", lookup.names())
+def test_unknown_options_are_refused_with_a_place(name, material, tiny_model, tmp_path):
+    stages = ways_to(name, material)
+    stages[-1]["with"] = stages[-1]["with"] | {"no_such_option": 1}
+    path = write_recipe(tmp_path, tiny_model("qwen3_moe"), stages)
+    with pytest.raises(RecipeError) as caught:
+        open_recipe(path)
+    assert "no_such_option" in caught.value.diagnostics[0].message
+    assert caught.value.diagnostics[0].place.line == 1
+
+
+@pytest.mark.parametrize("name", [n for n in lookup.names() if issubclass(lookup.find(n).output, Checkpoint)])
+def test_what_a_weight_stage_writes_is_what_plan_forecast(name, material, tiny_model, tmp_path):
+    path = write_recipe(tmp_path, tiny_model("qwen3_moe"), ways_to(name, material))
+    execution, _ = execute(path, tmp_path / "run")
+    written = execution.checkpoint(execution.plan.final)
+    assert {n: written.spec(n) for n in written.names()} == execution.plan.steps[-1].sketch.specs
+    assert written.facts == execution.plan.steps[-1].sketch.facts
+
+
+@pytest.mark.parametrize("name", [n for n in lookup.names() if issubclass(lookup.find(n).output, Checkpoint)])
+def test_a_weight_stage_reloads_after_export(name, material, tiny_model, tmp_path):
+    path = write_recipe(tmp_path, tiny_model("qwen3_moe"), ways_to(name, material))
+    opened = open_recipe(path)
+    result = run_plan(opened, tmp_path / "run")
+    assert result.report.verification.status == "passed"
+    shutil.rmtree(tmp_path / "run")
