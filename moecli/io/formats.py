@@ -1,0 +1,247 @@
+"""compressed-tensors `pack-quantized`: the names and the config that transformers and vLLM read.
+
+For a linear `X` with weight [N, K], b bits and groups of g columns:
+
+    X.weight_packed   int32 [N, ceil(K*b/32)]   dense little-endian stream of code + 2^(b-1)
+    X.weight_scale    model dtype [N, K/g]      ([N, 1] with one scale for each output channel)
+    X.weight_shape    int64 [2] = [N, K]
+
+Symmetric integers only. Sources: compressed-tensors 0.18 to 0.20 (dense packing of odd widths since 0.18) and
+transformers' `integrations/compressed_tensors.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moecli.core.artifacts import Checkpoint
+from moecli.core.errors import SurroundingsError
+from moecli.core.model import TensorSpec
+from moecli.io.durable import natural_key
+from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+VERSION = "0.18.0"
+"""First release that packs 3-bit codes as we do; 2, 4 and 8 bits are the same in all."""
+CHANNEL = -1
+"""As a group size: one scale for each output channel."""
+
+
+class PackedNames(NamedTuple):
+    """What replaces `X.weight`."""
+
+    packed: str
+    scale: str
+    shape: str
+
+
+class Group(NamedTuple):
+    """A scheme of its own for some linears, such as 8-bit attention beside 4-bit experts."""
+
+    targets: Sequence[str]
+    """Exact module names, or `re:` patterns."""
+    bits: int
+    group_size: int
+
+
+def packed_names(weight_name: str) -> PackedNames:
+    """Names for `X.weight`. ValueError for a name that ends otherwise."""
+    if not weight_name.endswith(".weight"):
+        raise ValueError(f"`{weight_name}` is no `.weight` of a linear")
+    return PackedNames(f"{weight_name}_packed", f"{weight_name}_scale", f"{weight_name}_shape")
+
+
+def quantization_config(
+    bits: int, group_size: int, ignore: Sequence[str] = (), extra_groups: Sequence[Group] = ()
+) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json. `group_size` CHANNEL means one scale a row.
+
+    Every linear gets `bits` and `group_size`, unless it is in `ignore` (module names on disk, or `re:`
+    patterns: each router, lm_head) or in one of `extra_groups`. ValueError for an extra group whose `re:`
+    pattern contains "experts": transformers would take it for the scheme of the routed experts.
+    """
+    for group in extra_groups:
+        for target in group.targets:
+            if target.startswith("re:") and "experts" in target:
+                raise ValueError(
+                    f"`{target}` would be read as the routed experts' scheme; write `expert[s]` in it"
+                )
+    groups = [Group(["Linear"], bits, group_size), *extra_groups]
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": _group(*group) for i, group in enumerate(groups)},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def _group(targets: Sequence[str], bits: int, group_size: int) -> dict[str, Any]:
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if group_size == CHANNEL else "group",
+        "group_size": None if group_size == CHANNEL else group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    return {
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
+
+
+def is_packed(checkpoint: Checkpoint, weight_name: str) -> bool:
+    """Whether `X.weight` is stored packed. Names that do not end in `.weight` never are."""
+    return weight_name.endswith(".weight") and packed_names(weight_name).packed in checkpoint
+
+
+class DenseView(StoredCheckpoint):
+    """A checkpoint whose packed linears read as ordinary `X.weight`, dequantized when asked for.
+
+    Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is.
+    SurroundingsError when it is quantized in a way this view does not know.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.parent = stored(checkpoint)
+        self.facts_of = self.parent.facts_of
+        config = dict(self.parent.config)
+        self._schemes = _schemes(config.pop("quantization_config", None))
+        self.config: Mapping[str, Any] = config
+        self.facts = self.facts_of(config)
+        self._packed = {
+            name.removesuffix("_packed") for name in self.parent.names() if name.endswith(".weight_packed")
+        }
+        hidden = {part for name in self._packed for part in packed_names(name)}
+        self._names = dict.fromkeys(
+            sorted(
+                self._packed | {name for name in self.parent.names() if name not in hidden}, key=natural_key
+            )
+        )
+        self._refuse_the_unknown(hidden)
+
+    def _refuse_the_unknown(self, hidden: set[str]) -> None:
+        for name in sorted(hidden):
+            if name not in self.parent:
+                raise SurroundingsError(f"the checkpoint has packed weights but no `{name}`")
+        for name in sorted(self._packed):
+            for suffix in ("zero_point", "g_idx"):
+                if f"{name}_{suffix}" in self.parent:
+                    raise SurroundingsError(f"`{name}` is packed with `{suffix}`, which moecli does not read")
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        if name not in self._packed:
+            return self.parent.spec(self._known(name))
+        rows, columns = self.parent.get(packed_names(name).shape).tolist()
+        return TensorSpec(self.parent.spec(packed_names(name).scale).dtype, (rows, columns))
+
+    def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        if name not in self._packed:
+            return self.parent.get(self._known(name), device)
+        packed, scale, _ = packed_names(name)
+        return self._dense(name, self.parent.get(packed, device), self.parent.get(scale, device))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._packed:
+            return self.parent.rows(self._known(name), start, stop)
+        packed, scale, _ = packed_names(name)
+        return self._dense(name, self.parent.rows(packed, start, stop), self.parent.rows(scale, start, stop))
+
+    def side_files(self) -> Mapping[str, str]:
+        return self.parent.side_files()
+
+    @property
+    def source(self) -> FolderCheckpoint:
+        return self.parent.source
+
+    def origin(self, name: str) -> Origin:
+        """Dequantized tensors are in no file as they are: ("own", name)."""
+        return ("own", name) if name in self._packed else self.parent.origin(self._known(name))
+
+    def bits(self, name: str) -> int:
+        """Bits of a packed `X.weight`, by the config's groups. SurroundingsError when none of them covers
+        it."""
+        return self._scheme(name).bits
+
+    def _scheme(self, name: str) -> Group:
+        module = name.removesuffix(".weight")
+        for matches in (_matches_exactly, _matches_pattern, _matches_class):
+            for group in self._schemes:
+                if any(matches(module, target) for target in group.targets):
+                    return group
+        raise SurroundingsError(f"`{name}` is packed, but no config group of `quantization_config` covers it")
+
+    def _dense(self, name: str, packed_NW: Tensor, scale_NG: Tensor) -> Tensor:
+        from moecli.ops.pack import dequantize, unpack_rows
+
+        scheme = self._scheme(name)
+        columns = self.spec(name).shape[1]
+        words = -(-columns * scheme.bits // 32)
+        if packed_NW.shape[1] != words:
+            raise SurroundingsError(
+                f"`{name}` needs {words} words a row at {scheme.bits} bits, it has {packed_NW.shape[1]}"
+            )
+        return dequantize(unpack_rows(packed_NW, scheme.bits, columns), scale_NG)
+
+    def _known(self, name: str) -> str:
+        if name not in self._names:
+            raise KeyError(f"no tensor `{name}`")
+        return name
+
+
+def _schemes(config: Mapping[str, Any] | None) -> list[Group]:
+    """The groups of a `quantization_config`; none for an unquantized model."""
+    if config is None:
+        return []
+    if config.get("quant_method") != METHOD:
+        raise SurroundingsError(
+            f"weights quantized by `{config.get('quant_method')}` cannot be read as dense ones"
+        )
+    return list(_read_groups(config))
+
+
+def _read_groups(config: Mapping[str, Any]) -> Iterator[Group]:
+    for name, group in config["config_groups"].items():
+        weights, layout = group["weights"], group.get("format") or config.get("format")
+        if layout != FORMAT or weights["type"] != "int" or not weights["symmetric"]:
+            balance = "symmetric" if weights["symmetric"] else "asymmetric"
+            raise SurroundingsError(
+                f"`{name}` of `quantization_config` is {balance} {weights['type']} in `{layout}`; "
+                f"moecli reads symmetric int in `{FORMAT}`"
+            )
+        yield Group(tuple(group["targets"]), weights["num_bits"], weights["group_size"] or CHANNEL)
+
+
+def _matches_exactly(module: str, target: str) -> bool:
+    return module == target
+
+
+def _matches_pattern(module: str, target: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+
+
+def _matches_class(module: str, target: str) -> bool:
+    """Class names hold for every packed tensor: only linears are packed."""
+    return target == "Linear"

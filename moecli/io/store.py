@@ -1,0 +1,273 @@
+"""Run folders and stage folders: what a run leaves on disk, and how it survives a crash.
+
+    runs/<name>/lock                                 held while a run works; the kernel frees it with the run
+    runs/<name>/events.jsonl                         one JSON object a line
+    runs/<name>/stages/<kind-name>/<key>/            a finished stage: complete because it has no suffix
+    runs/<name>/stages/<kind-name>/<key>.partial/    a stage being made, with the parts that are finished
+
+A folder gets its final name by one rename, after everything in it was synced, its manifest last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from moecli.core.artifacts import Artifact, Packed
+from moecli.core.errors import SurroundingsError
+from moecli.io import durable
+from moecli.io.durable import disk_errors, file_safe, json_text, read_json, sync_folder, sync_tree
+from moecli.io.tensorfile import read_header, read_tensor, spec_of, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+A = TypeVar("A", bound=Artifact)
+
+PARTIAL, TRASH = ".partial", ".trash"
+KEY_DIGITS = 16
+"""Hex digits of a stage key that make up its folder's name: 64 bits."""
+
+
+class RunFolder:
+    """One run on disk. Made if it is not there; with `create=False` a missing one is SurroundingsError."""
+
+    def __init__(self, path: Path | str, create: bool = True) -> None:
+        self.path = Path(path)
+        if create:
+            _make_folder(self.path)
+        elif not self.path.is_dir():
+            raise SurroundingsError(f"there is no run in `{self.path}`")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second run out. SurroundingsError, with the holder named, when somebody has it.
+
+        It is a lock of the kernel (flock): a killed run no longer holds it, whatever its file still says.
+        """
+        path = self.path / "lock"
+        with disk_errors(self.path):
+            file = path.open("a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "pid unknown"
+                raise SurroundingsError(
+                    f"another run ({holder}) holds `{self.path}`",
+                    hint=f"`moecli status {self.path}` shows how far it is",
+                ) from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def stage(self, name: str, key: str) -> StageFolder:
+        """The folder of stage `name` ("kind/method") under `key` (hex). Nothing is made on disk yet."""
+        return StageFolder(self.path / "stages" / _folder_name(name) / file_safe(key[:KEY_DIGITS]))
+
+    def stages(self) -> Iterator[StageFolder]:
+        """Stage folders that exist, complete or partial, in order of their names."""
+        found = {
+            p.with_suffix("")
+            for p in self.path.glob("stages/*/*")
+            if p.is_dir() and p.suffix in ("", PARTIAL)
+        }
+        return (StageFolder(path) for path in sorted(found))
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the run, atomically. `name` may lie in a folder below, such as `report/report.md`."""
+        durable.write_text(self.path / name, text)
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """One line of events.jsonl, handed to the system before this returns."""
+        line = json.dumps(event, ensure_ascii=False) + "\n"
+        with disk_errors(self.path), (self.path / "events.jsonl").open("ab+") as file:
+            if _ends_torn(file):
+                line = "\n" + line
+            file.write(line.encode())
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """All events, oldest first. A line that a crash cut off is left out."""
+        path = self.path / "events.jsonl"
+        if not path.exists():
+            return
+        for line in path.read_bytes().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def _ends_torn(file: Any) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) != b"\n")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise SurroundingsError(f"`{path}` cannot be a folder: a file is in the way") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise SurroundingsError(f"cannot write to `{path}`: permission denied")
+
+
+def _folder_name(stage_name: str) -> str:
+    return file_safe(stage_name.replace("/", "-", 1))
+
+
+def redo_hint(folder: Path) -> str | None:
+    """What to type when something inside a stage's folder is damaged; None outside of a run."""
+    for stage_folder in (folder, *folder.parents):
+        if stage_folder.parent.parent.name == "stages":
+            name = stage_folder.parent.name.replace("-", "/", 1)
+            return f"`moecli run {stage_folder.parents[2] / 'recipe.yaml'} --redo {name}` makes it again"
+    return None
+
+
+class StageFolder:
+    """One stage's results under one key. `path` exists only when the stage is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.work = path.with_name(path.name + PARTIAL)
+        """Where the stage writes while it runs."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name, "kind/method"."""
+        return self.path.parent.name.replace("-", "/", 1)
+
+    @property
+    def key(self) -> str:
+        """The first digits of the stage's key."""
+        return self.path.name
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    @property
+    def partial(self) -> bool:
+        """Started and not finished; what is done so far will be used."""
+        return self.work.is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """Where results lie now: `path` when complete, else `work`."""
+        return self.path if self.complete else self.work
+
+    def manifest(self) -> dict[str, Any]:
+        """What `finish` was given. SurroundingsError when the stage is not complete or the file is
+        damaged."""
+        return read_json(self.path / "manifest.json", hint=redo_hint(self.path))
+
+    def begin(self) -> None:
+        """Makes `work`, or keeps the one of an interrupted run with its finished parts."""
+        if self.complete:
+            raise ValueError(f"`{self.path}` is complete; remove it before making it again")
+        _make_folder(self.work)
+
+    def finish(self, manifest: Mapping[str, Any], keep_parts: bool = False) -> None:
+        """The stage is done: `work` becomes `path`. Parts are deleted unless asked for: the artifact has it
+        all."""
+        if not keep_parts:
+            shutil.rmtree(self.work / "parts", ignore_errors=True)
+        for leftover in self.work.rglob(".*.tmp"):
+            leftover.unlink()
+        durable.write_text(self.work / "manifest.json", json_text(dict(manifest)))
+        sync_tree(self.work)
+        self._clear(self.path)
+        os.rename(self.work, self.path)
+        sync_folder(self.path.parent)
+
+    def save(self, artifact: Artifact) -> None:
+        """The stage's result, as artifact.safetensors + artifact.json in `work`."""
+        save_artifact(self.work, "artifact", artifact)
+
+    def load(self, kind: type[A]) -> A:
+        """The saved result. SurroundingsError when it is missing or damaged."""
+        return load_artifact(self.folder, "artifact", kind)
+
+    def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
+        """The finished part `name`, or `make()` saved as such. Both come back as unpacked from what is
+        saved, so an interrupted run and an uninterrupted one go on with the same values."""
+        if self.has_part(name):
+            return load_artifact(self.folder / "parts", name, kind)
+        return kind.unpack(save_artifact(self.work / "parts", name, make()))
+
+    def has_part(self, name: str) -> bool:
+        return (self.folder / "parts" / f"{file_safe(name)}.json").is_file()
+
+    def bytes(self) -> int:
+        """Size on disk of what is complete and what is partial."""
+        folders = [folder for folder in (self.path, self.work) if folder.is_dir()]
+        return sum(f.lstat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
+
+    def remove(self) -> None:
+        """Deletes the result and what is partial. A crash in the middle leaves no folder that looks
+        complete."""
+        self._clear(self.path)
+        self._clear(self.work)
+
+    def _clear(self, folder: Path) -> None:
+        trash = self.path.with_name(self.path.name + TRASH)
+        shutil.rmtree(trash, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, trash)
+            shutil.rmtree(trash)
+
+
+def save_artifact(folder: Path, name: str, artifact: Artifact) -> Packed:
+    """`<name>.safetensors` (none without tensors), then `<name>.json`. Returns what a later load unpacks."""
+    tensors, meta = artifact.pack()
+    tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    _make_folder(folder)
+    size = None
+    if tensors:
+        specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
+        size = write_tensors(folder / f"{name}.safetensors", specs, tensors.__getitem__).bytes
+    text = json_text({"kind": type(artifact).__name__, "tensor_bytes": size, "meta": meta})
+    durable.write_text(folder / f"{name}.json", text)
+    return Packed(tensors, json.loads(text)["meta"])
+
+
+def load_artifact(folder: Path, name: str, kind: type[A]) -> A:
+    """What `save_artifact` saved. SurroundingsError when it is missing, damaged or of another kind."""
+    hint = redo_hint(folder)
+    path = folder / f"{name}.json"
+    content = read_json(path, hint=hint)
+    if content.get("kind") != kind.__name__ or "meta" not in content:
+        raise SurroundingsError(f"`{path}` holds {content.get('kind')}, expected {kind.__name__}", hint=hint)
+    try:
+        return kind.unpack(
+            Packed(_load_tensors(folder / f"{name}.safetensors", content, hint), content["meta"])
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise SurroundingsError(f"`{path}` is damaged: {error}", hint=hint) from error
+
+
+def _load_tensors(path: Path, content: Mapping[str, Any], hint: str | None) -> dict[str, Tensor]:
+    if content["tensor_bytes"] is None:
+        return {}
+    header = read_header(path, hint=hint)
+    if header.file_bytes != content["tensor_bytes"]:
+        raise SurroundingsError(
+            f"`{path}` has {header.file_bytes} bytes, {content['tensor_bytes']} were written", hint=hint
+        )
+    return {name: read_tensor(entry) for name, entry in header.entries.items()}
