@@ -4,4 +4,8 @@
 it imports neither torch nor transformers by itself.
 """
 
+from moecli.runtime.quantizer import register_when_transformers_loads
+
 __version__ = "0.1.0"
+
+register_when_transformers_loads()

@@ -1,0 +1,317 @@
+"""Loads a compact checkpoint of `moecli` through transformers' own model classes.
+
+A compact checkpoint has the `model_type` and the tensor names of the original model and differs in:
+
+* fewer experts than router rows in a layer, with an int64 buffer `....experts.alias_map` from row to expert;
+* a number of experts that differs from layer to layer, with or without such a map;
+* packed integers instead of a weight: `X.weight_packed`, `X.weight_scale`, `X.weight_shape` for `X.weight`.
+
+`config.json` says so in `quantization_config`:
+
+    {"quant_method": "moecli", "experts": {"<layer>": M}, "rows": E or {"<layer>": R},
+     "packed": {"bits": b, "group_size": g} or null, "guard": name or null}
+
+Loading it takes `import moecli`, or `trust_remote_code=True` with this file beside the weights: the file
+needs torch and transformers (5.17 to 5.x) only. Packed weights are unpacked while loading, so the model in memory
+is dense.
+
+With neither, transformers warns `Unknown quantization type, got moecli` and then raises `RuntimeError: You
+set `ignore_mismatched_sizes` to `False`...`, because sizes disagree. A packed checkpoint has no size that
+disagrees: its weights would be missing and made up. So it also holds an empty tensor under the name of a
+stock weight, `guard` in the config, which gives the same error; this loader takes it away.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+)
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moecli.families.alias import make_alias
+
+METHOD = "moecli"
+GUARD_BUFFER = "moecli_guard"
+PARTS = ("_packed", "_scale", "_shape")
+LINEAR_PARTS = tuple(rf"\.weight{part}$" for part in PARTS)
+
+
+class CompactConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compact checkpoint; unknown keys are refused."""
+
+    def __init__(
+        self,
+        experts: Mapping[str, int],
+        rows: int | Mapping[str, int],
+        packed: Mapping[str, Any] | None = None,
+        guard: str | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.experts = {str(layer): int(count) for layer, count in experts.items()}
+        self.rows = rows if isinstance(rows, int) else {str(layer): int(r) for layer, r in rows.items()}
+        self.packed = packed
+        self.guard = guard
+
+    def rows_of(self, layer: str) -> int:
+        """Router rows of a layer."""
+        return self.rows if isinstance(self.rows, int) else self.rows[layer]
+
+
+class CompactQuantizer(HfQuantizer):
+    """Gives the empty model the sizes of the checkpoint, and unpacks integers on the way in."""
+
+    quantization_config: CompactConfig
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        blocks = moe_blocks(model)
+        if unknown := sorted(set(config.experts) - set(blocks)):
+            raise ValueError(f"the checkpoint's config names layers without experts: {', '.join(unknown)}")
+        for layer, experts in config.experts.items():
+            resize_block(blocks[layer], experts, config.rows_of(layer))
+        if config.guard:
+            model.register_buffer(GUARD_BUFFER, torch.empty(0, dtype=torch.uint8, device="meta"))
+        self._dtypes = wanted_dtypes(model)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
+        """(conversions) in transformers 5.17, (conversions, model) later."""
+        self._originals: dict[int, Any] = {}
+        if not self.quantization_config.packed:
+            return weight_conversions
+        conversions = [unpacking(conversion) for conversion in weight_conversions]
+        self._originals = {
+            id(ours): stock for ours, stock in zip(conversions, weight_conversions, strict=True)
+        }
+        guard = self.quantization_config.guard
+        first = [guard_renaming(guard)] if guard else []
+        return [*first, *conversions, packed_linears()]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if hasattr(model, GUARD_BUFFER):
+            delattr(model, GUARD_BUFFER)
+        if self.quantization_config.packed:
+            self._forget_packing(model)
+        as_stock_would_cast(model, self._dtypes)
+        return model
+
+    def _forget_packing(self, model: nn.Module) -> None:
+        """The model is dense now and `save_pretrained` writes it so: its config must not say packed."""
+        used = [self._originals.get(id(conversion)) for conversion in model._weight_conversions]
+        model._weight_conversions = [stock for stock in used if stock is not None]
+        self.quantization_config = copy.copy(self.quantization_config)
+        self.quantization_config.packed = self.quantization_config.guard = None
+        model.config.quantization_config = self.quantization_config
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+# Sizes
+
+
+def moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Layer index as text -> the module that has `experts`, where these are fused parameters."""
+    blocks = {}
+    for path, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        layer = next((part for part in path.split(".") if part.isdigit()), None)
+        if layer is not None and isinstance(getattr(experts, "down_proj", None), nn.Parameter):
+            blocks[layer] = module
+    return blocks
+
+
+def resize_block(block: nn.Module, experts: int, rows: int) -> None:
+    """Let an MoE block on meta hold `experts` experts behind `rows` router rows, aliased if they differ."""
+    stock = block.experts.num_experts
+    if rows != stock:
+        for path, module in block.named_modules():
+            if path.split(".")[0] != "experts" and "shared" not in path:
+                resize_router(module, stock, rows)
+        resize_experts(block.experts, rows)
+    if rows != experts:
+        make_alias(block.experts, experts, rows)
+
+
+def resize_experts(experts: nn.Module, count: int) -> None:
+    """Replace each parameter [E, ...] by an empty [count, ...]."""
+    for name, value in list(experts.named_parameters(recurse=False)):
+        if value.shape[0] == experts.num_experts:
+            setattr(experts, name, _empty(value, (count, *value.shape[1:])))
+    experts.num_experts = count
+
+
+def resize_router(module: nn.Module, stock: int, rows: int) -> None:
+    """Replace each parameter and buffer [E, ...] or [1, E] by an empty one with `rows` for E."""
+    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if value.shape[0] == stock:
+            setattr(module, name, _empty(value, (rows, *value.shape[1:])))
+        elif tuple(value.shape) == (1, stock):
+            setattr(module, name, _empty(value, (1, rows)))
+    for name in ("num_experts", "n_routed_experts", "out_features"):
+        if getattr(module, name, None) == stock:
+            setattr(module, name, rows)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    value = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
+
+
+# Packed integers
+
+
+def unpack(packed: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
+    """codes * scale in the scale's dtype: symmetric `pack-quantized` of compressed-tensors, dense words.
+
+    packed int32 [N, W], scale [N, G], shape int64 [2] = N, K. Bits are what fits: W = ceil(K * bits / 32).
+    """
+    columns = int(shape.flatten()[-1])
+    bits = packed.shape[-1] * 32 // columns
+    words = packed.to(torch.int64) & 0xFFFFFFFF
+    if 32 % bits == 0:
+        shifts = torch.arange(32 // bits, device=words.device) * bits
+        unsigned = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :columns]
+    else:
+        stream = ((words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1).flatten(-2)
+        stream = stream[..., : columns * bits].unflatten(-1, (columns, bits))
+        unsigned = (stream << torch.arange(bits, device=words.device)).sum(-1)
+    codes = (unsigned - 2 ** (bits - 1)).to(scale.dtype)
+    return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+class Unpack(ConversionOps):
+    """First operation of a converter that merges experts: packed sources become the dense ones it expects."""
+
+    hf_quantizer = True  # tells transformers >= 5.18 not to cast what this reads
+
+    def convert(self, input_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, list[Tensor]]:
+        """{source pattern: one tensor per expert}; the result has the patterns of the dense weights."""
+        out = {}
+        for source in dict.fromkeys(_stem(pattern) for pattern in input_dict):
+            dense = _listed(input_dict.get(f"{source}$"))
+            packed, scale, shape = (_listed(input_dict.get(f"{source}{part}$")) for part in PARTS)
+            if dense and packed:
+                raise ValueError(f"some experts of `{source}` are packed and some are not")
+            out[f"{source}$"] = dense or [unpack(*parts) for parts in zip(packed, scale, shape, strict=True)]
+        return out
+
+
+class UnpackLinear(ConversionOps):
+    """The three parts of one weight become the weight."""
+
+    hf_quantizer = True
+
+    def convert(
+        self, input_dict: Mapping[str, Any], full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        parts = (_listed(input_dict[pattern])[0] for pattern in LINEAR_PARTS)
+        return {full_layer_name: unpack(*parts)}
+
+
+def packed_linears() -> WeightConverter:
+    """Reads every packed weight that no converter of the model claims."""
+    return WeightConverter(list(LINEAR_PARTS), ".weight", [UnpackLinear()])
+
+
+def unpacking(conversion: Any) -> Any:
+    """The same converter, reading packed weights as well; anything else as it is."""
+    if not isinstance(conversion, WeightConverter):
+        return conversion
+    stems = [source.removesuffix("$") for source in conversion._original_source_patterns]
+    if not all(stem.endswith(".weight") for stem in stems):
+        return conversion
+    changed = WeightConverter(
+        [f"{stem}{part}$" for stem in stems for part in ("", *PARTS)],
+        list(conversion._original_target_patterns),
+        [Unpack(), *conversion.operations],
+    )
+    changed.scope_prefix, changed.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+    return changed
+
+
+def guard_renaming(guard: str) -> WeightRenaming:
+    """Sends the empty tensor that stops stock transformers to a buffer that is dropped after loading."""
+    return WeightRenaming(f"^{re.escape(guard)}$", GUARD_BUFFER)
+
+
+def _stem(pattern: str) -> str:
+    pattern = pattern.removesuffix("$")
+    return next((pattern.removesuffix(part) for part in PARTS if pattern.endswith(part)), pattern)
+
+
+def _listed(value: Any) -> list[Tensor]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+# Dtypes
+
+
+def wanted_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """What each tensor of the empty model shall be: its own dtype, or float32 where the family says so."""
+    plan = model._get_dtype_plan(torch.get_default_dtype())
+    alternation, key_of, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
+    dtypes = {}
+    for name, value in model.state_dict().items():
+        match = alternation.search(name) if alternation else None
+        dtypes[name] = plan[key_of[match.lastgroup]] if match else value.dtype
+    return dtypes
+
+
+def as_stock_would_cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast what transformers 5.17 read in the file's dtype because its name or format changed on the way."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        wanted = dtypes.get(name, value.dtype)
+        if value.is_floating_point() and value.dtype != wanted and value.device.type != "meta":
+            value.data = value.data.to(wanted)
+
+
+# Registration
+
+
+def register() -> None:
+    """Make transformers know `quant_method: moecli`. Doing it twice does nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(CompactConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(CompactQuantizer)
+
+
+class MoecliForCausalLM:
+    """What `auto_map` names. Importing this file registered the loader; the model is of a stock class."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to copy: `save_pretrained` of the stock class is asked later, not this one."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(path, *args, **(kwargs | {"trust_remote_code": False}))
+
+
+register()
