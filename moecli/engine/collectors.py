@@ -1,16 +1,17 @@
 """Calibration statistics: one class a statistic, one catalogue, one name for one thing.
 
-A collector sees a layer's tokens in chunks, already grouped by expert (`Grouped`), and keeps a plain sum or a plain
-maximum: results of two runs over different text add up (or maximise), and any split of the same text gives the same
-result within fp64 rounding. Padding never reaches a collector.
+A collector sees a layer's tokens in chunks, already grouped by expert (`Grouped`), and keeps a plain sum or
+a plain maximum: results of two runs over different text add up (or maximise), and any split of the same
+text gives the same result within fp64 rounding. Padding never reaches a collector.
 
-Notation: x_t input of the experts, z_t router logits, A_t the experts chosen for token t, g_ti the weight the model
-really multiplies with (after score function, renormalisation and scaling), y_ti the expert's output before that weight,
-X_i the tokens routed to expert i, h_t the residual stream before the MoE block. Shared experts are never counted.
-Values are computed in fp32 and summed in fp64; matrices are multiplied in fp32 per chunk and summed in fp64.
+Notation: x_t input of the experts, z_t router logits, A_t the experts chosen for token t, g_ti the weight
+the model really multiplies with (after score function, renormalisation and scaling), y_ti the expert's
+output before that weight, X_i the tokens routed to expert i, h_t the residual stream before the MoE block.
+Shared experts are never counted. Values are computed in fp32 and summed in fp64; matrices are multiplied in
+fp32 per chunk and summed in fp64.
 
-On an alias checkpoint the experts are the M stored ones (two slots of a token on one expert are one visit with the
-sum of both weights); statistics of the router (`prob_sum`, `logit_gram`) keep its E rows.
+On an alias checkpoint the experts are the M stored ones (two slots of a token on one expert are one visit
+with the sum of both weights); statistics of the router (`prob_sum`, `logit_gram`) keep its E rows.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from moecli.core.errors import UsageError
 from moecli.core.model import ScoreRule
 
 Need = Literal["outputs", "all_experts", "logits", "residual"]
-"""What a collector reads of `Grouped`: `outputs` routed y, `all_experts` y of every expert for every token (E/k times
-the work), `logits` router logits, `residual` the stream before the block and the routed sum."""
+"""What a collector reads of `Grouped`: `outputs` routed y, `all_experts` y of every expert for every token
+(E/k times the work), `logits` router logits, `residual` the stream before the block and the routed sum.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,11 @@ class LayerShape:
 
 @dataclass(frozen=True, eq=False)
 class Grouped:
-    """Some tokens of one batch in one layer. T tokens, S = visits of experts (T*k without aliases), sorted by expert.
+    """Some tokens of one batch in one layer. T tokens, S = visits of experts (T*k without aliases), sorted
+    by expert.
 
-    Tensors that a collector did not declare in `needs` may be absent. Outputs are computed when first asked for and
-    shared by all collectors.
+    Tensors that a collector did not declare in `needs` may be absent. Outputs are computed when first asked
+    for and shared by all collectors.
     """
 
     shape: LayerShape
@@ -68,6 +71,8 @@ class Grouped:
     """h"""
     routed_TD: Tensor | None = None
     """sum over A_t of g*y, as the model adds it to the stream"""
+    coalesced: bool = False
+    """True when `index_Tk` may hold -1."""
     pair_rows: int = 1 << 15
     """Rows of `run_experts` in one call when all experts see all tokens."""
 
@@ -80,7 +85,7 @@ class Grouped:
     def _sorted(self) -> tuple[Tensor, Tensor]:
         """Sorted expert of each visit and its position in the flattened [T, k]."""
         flat = self.index_Tk.flatten()
-        if self.shape.experts == self.shape.rows:
+        if not self.coalesced:
             return torch.sort(flat, stable=True)
         position = (flat >= 0).nonzero().flatten()
         expert_S, order = torch.sort(flat[position], stable=True)
@@ -104,7 +109,10 @@ class Grouped:
     @cached_property
     def count_E(self) -> Tensor:
         """int64, visits of each expert"""
-        return torch.bincount(self.expert_S, minlength=self.shape.experts)
+        edges = torch.arange(self.shape.experts + 1, device=self.expert_S.device)
+        return torch.searchsorted(
+            self.expert_S, edges
+        ).diff()  # unlike bincount, nothing waits for the device
 
     @cached_property
     def output_SD(self) -> Tensor:
@@ -125,11 +133,15 @@ class Grouped:
 
     def _run_all(self, some_e: Tensor) -> Tensor:
         hidden_SD = self.hidden_TD.repeat(len(some_e), 1)
-        return self.run_experts(hidden_SD, some_e.repeat_interleave(self.tokens)).unflatten(0, (len(some_e), self.tokens))
+        return self.run_experts(hidden_SD, some_e.repeat_interleave(self.tokens)).unflatten(
+            0, (len(some_e), self.tokens)
+        )
 
     @cached_property
     def score_TE(self) -> Tensor:
-        """float32 full score vector before any selection: sigmoid for sigmoid routers, else softmax over all rows."""
+        """float32 full score vector before any selection: sigmoid for sigmoid routers, else softmax over
+        all rows.
+        """
         logits = self.logits_TE.float()
         return logits.sigmoid() if self.shape.score == "sigmoid" else logits.softmax(-1)
 
@@ -145,8 +157,8 @@ class Grouped:
 class Collector(ABC):
     """One statistic of one layer: `start` once, `update` for every chunk, `result` at the end.
 
-    Further statistics (channel energies, Grams, reservoirs keyed by `Grouped.token_T`) need no other interface:
-    what they read becomes another lazy property of `Grouped`.
+    Further statistics (channel energies, Grams, reservoirs keyed by `Grouped.token_T`) need no other
+    interface: what they read becomes another lazy property of `Grouped`.
     """
 
     name: ClassVar[str]
@@ -211,8 +223,8 @@ class GateSum(_Total):
 
 
 class ProbSum(_Total):
-    """Soft count: sum over all tokens of the full score p_ti, chosen or not; sigmoid(z) for sigmoid routers, softmax(z)
-    for all others; no selection bias, no renormalisation. float64 [router rows], sum.
+    """Soft count: sum over all tokens of the full score p_ti, chosen or not; sigmoid(z) for sigmoid
+    routers, softmax(z) for all others; no selection bias, no renormalisation. float64 [router rows], sum.
 
     SEER-MoE (2404.05089). The sum over routed tokens only, which PMQ uses, is another statistic.
     """
@@ -248,7 +260,7 @@ class EanSq(_Total):
 
 
 class GeanSum(_Total):
-    """Gated activation norm: sum over X_i of g_ti * ||y_ti||_2. float64 [E], sum. REAP (2510.13999, Eq. 9)."""
+    """Gated activation norm: sum over X_i of g_ti * ||y_ti||_2. float64 [E], sum. REAP (2510.13999)."""
 
     name = "gean_sum"
     needs = frozenset({"outputs"})
@@ -268,8 +280,9 @@ class GeanSq(_Total):
 
 
 class Easy(_Total):
-    """Sum over X_i of g_ti * ||y_ti||_2 * max(0, 1 - cos(h_t, h_t + r_t)), r_t the routed sum without shared experts.
-    float64 [E], sum. EASY-EP (2504.06792). Where a family scales what it adds to the stream, so is r_t.
+    """Sum over X_i of g_ti * ||y_ti||_2 * max(0, 1 - cos(h_t, h_t + r_t)), r_t the routed sum without
+    shared experts. float64 [E], sum. EASY-EP (2504.06792). Where a family scales what it adds to the
+    stream, so is r_t.
     """
 
     name = "easy"

@@ -7,17 +7,17 @@
             layer.replace(new_weights)                        # optional: what later layers see
     logits = list(swept.logits())                             # optional: final norm and head
 
-Hidden states and logits are bit for bit those of the whole model: layers run as the stock modules, with the arguments
-the model itself hands them. How the arguments are found: the decoder layers are replaced by recorders that return
-their input, and the decoder runs once per batch. The final norm and the head run the same way, with the true last
-hidden state put in at the last layer, so no code here knows a family.
+Hidden states and logits are bit for bit those of the whole model: layers run as the stock modules, with the
+arguments the model itself hands them. How the arguments are found: the decoder layers are replaced by
+recorders that return their input, and the decoder runs once per batch. The final norm and the head run the
+same way, with the true last hidden state put in at the last layer, so no code here knows a family.
 
-Memory on the device: one layer's weights plus the activations of one batch; hidden states stay there too when they fit,
-else on the CPU. Embeddings and head are resident only at the start and the end.
+Memory on the device: one layer's weights plus the activations of one batch; hidden states stay there too
+when they fit, else on the CPU. Embeddings and head are resident only at the start and the end.
 
-Un-gated outputs of experts are computed by the stock experts module on tokens sorted by expert, with one slot of weight
-1, which holds for every family (biases, clamps, interleaving). So a statistic that needs them runs the routed experts
-twice: once inside the layer, once for itself. Fusing the two is the next step.
+Un-gated outputs of experts are computed by the stock experts module on tokens sorted by expert, with one
+slot of weight 1, which holds for every family (biases, clamps, interleaving). So a statistic that needs
+them runs the routed experts twice: once inside the layer, once for itself. Fusing the two is the next step.
 """
 
 from __future__ import annotations
@@ -32,21 +32,16 @@ from torch import Tensor, nn
 
 from moecli.core.artifacts import Checkpoint, LayerStats
 from moecli.core.errors import StageFailed
+from moecli.core.model import ModelFacts
 from moecli.engine.collectors import Collector, Grouped, LayerShape, collectors, needs_of
+from moecli.engine.data import Batch
 from moecli.families import adapter
+from moecli.families.alias import ALIAS_MAP
 
 CHUNK_BYTES = 256 << 20
 """Largest expert output held at a time, counted in fp32."""
 
 Track = Callable[[Sequence[int], str], Iterable[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Token ids and mask of some sequences, both int64 [B, S]; the mask is 0 on padding."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
 
 
 def sweep(
@@ -59,17 +54,24 @@ def sweep(
 ) -> Sweep:
     """Iterate over the decoder layers of `checkpoint` while `batches` flow through them.
 
-    `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. SurroundingsError when the checkpoint
-    does not fit its own config.
+    `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. SurroundingsError when the
+    checkpoint does not fit its own config.
     """
-    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, track or (lambda items, label: items))
+    return Sweep(
+        checkpoint, tuple(batches), torch.device(device), dtype, track or (lambda items, label: items)
+    )
 
 
 class Sweep:
     """One pass over the layers: iterate it once, then `logits` may be asked for."""
 
     def __init__(
-        self, checkpoint: Checkpoint, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype | None, track: Track
+        self,
+        checkpoint: Checkpoint,
+        batches: Sequence[Batch],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        track: Track,
     ) -> None:
         self._checkpoint, self._batches, self._device, self._track = checkpoint, batches, device, track
         self._model = _quiet_routers(adapter.empty_model(checkpoint.config, dtype))
@@ -88,7 +90,15 @@ class Sweep:
         for index in self._track(range(len(self)), "layers"):
             module = adapter.load_layer(self._model, self._checkpoint, self._names, index, self._device)
             try:
-                layer = SweptLayer(index, module, self._checkpoint, self._hidden, runs.of(index), self._device, self._home)
+                layer = SweptLayer(
+                    index,
+                    module,
+                    self._checkpoint.facts,
+                    self._hidden,
+                    runs.of(index),
+                    self._device,
+                    self._home,
+                )
                 yield layer
                 self._hidden = layer.outputs()
             finally:
@@ -136,21 +146,32 @@ class SweptLayer:
     """
 
     def __init__(
-        self, index: int, module: nn.Module, checkpoint: Checkpoint, hidden: Sequence[Tensor], runs: Sequence[_Run],
-        device: torch.device, home: torch.device,
-    ) -> None:  # fmt: skip
-        self.index, self.module = index, module
-        self.parts = adapter.moe_parts(module)
-        self.is_moe = self.parts is not None
-        self.shape = _shape(self.parts, checkpoint) if self.parts else None
+        self,
+        index: int,
+        module: nn.Module,
+        facts: ModelFacts,
+        hidden: Sequence[Tensor],
+        runs: Sequence[_Run],
+        device: torch.device,
+        home: torch.device,
+    ) -> None:
+        self.index, self.module, self._facts = index, module, facts
         self._inputs, self._runs, self._device, self._home = hidden, runs, device, home
         self._outputs: list[Tensor] | None = None
+        self._look()
+
+    def _look(self) -> None:
+        self.parts = adapter.moe_parts(self.module)
+        self.is_moe = self.parts is not None
+        self.shape = _shape(self.parts.experts, self._facts) if self.parts else None
 
     def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
-        """Statistics of all batches through the weights as they are now; counts and gate sums are always among them.
+        """Statistics of all batches through the weights as they are now; counts and gate sums are always
+        among them.
 
-        One sparse forward pass. What the layer is fed stays as it is, so a layer may be observed again, before and
-        after `replace`. StageFailed for a dense layer, or when a statistic reads what the layer does not show.
+        One sparse forward pass. What the layer is fed stays as it is, so a layer may be observed again,
+        before and after `replace`. StageFailed for a dense layer, or when a statistic reads what the layer
+        does not show.
         """
         if self.parts is None:
             raise StageFailed(f"layer {self.index} has no experts to observe")
@@ -161,7 +182,8 @@ class SweptLayer:
         return LayerStats(tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def replace(self, state: Mapping[str, Tensor]) -> None:
-        """New values for parameters or buffers, named inside the layer (`mlp.experts.down_proj`); later layers see them.
+        """New values for parameters or buffers, named inside the layer (`mlp.experts.down_proj`); later
+        layers see them.
 
         Values are cast to the parameter's dtype. KeyError for an unknown name, ValueError for another shape.
         """
@@ -169,15 +191,16 @@ class SweptLayer:
         for name, value in state.items():
             if slots[name].shape != value.shape:
                 raise ValueError(f"`{name}` is {list(slots[name].shape)}, got {list(value.shape)}")
-        with torch.no_grad():
-            for name, value in state.items():
-                slots[name].copy_(value)
+        for name, value in state.items():
+            _assign(self.module, name, value.detach().to(slots[name].device, slots[name].dtype))
         self._outputs = None
 
     def edit(self, change: Callable[[nn.Module], None]) -> None:
-        """Let `change` do anything to the module, such as storing fewer experts; later layers see the result."""
+        """Let `change` do anything to the module, such as storing fewer experts; later layers see the
+        result.
+        """
         change(self.module)
-        self.parts = adapter.moe_parts(self.module)
+        self._look()
         self._outputs = None
 
     def outputs(self) -> list[Tensor]:
@@ -203,16 +226,17 @@ class SweptLayer:
             seen = probe.tokens(run.rows, tokens, self.shape)
             tokens += seen.tokens
             _update(wanted, seen)
+            del probe, seen  # before the next batch: they hold several activations
         self._outputs = outputs
         return tokens
 
 
-# --- what an observed layer shows -----------------------------------------------------------------------------------
+# --- what an observed layer shows -----------------------------------------------------------------
 
 
 class _Probe:
-    """Hooks on one MoE layer: the three inputs of `experts` (the same in every version and family), their sum, and, when
-    asked for, the router's logits and the residual stream.
+    """Hooks on one MoE layer: the three inputs of `experts` (the same in every version and family), their
+    sum, and, when asked for, the router's logits and the residual stream.
     """
 
     def __init__(self, layer: nn.Module, parts: adapter.MoeParts, needs: frozenset[str], index: int) -> None:
@@ -246,7 +270,9 @@ class _Probe:
         self.routed = _rows(out)
 
     def _see_router(self, module: nn.Module, args: tuple, out: Any) -> None:
-        """Logits come first or last, never next to weights alone: they stand at the end opposite the integers."""
+        """Logits come first or last, never next to weights alone: they stand at the end opposite the
+        integers.
+        """
         values = out if isinstance(out, tuple) else (out,)
         last = not values[0].is_floating_point()
         self.logits = _rows(values[-1] if last else values[0])
@@ -258,17 +284,12 @@ class _Probe:
 
     def _see_block(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The stream is the input of the norm whose output the block takes."""
-        taken = [*args, *kwargs.values()][0]
+        taken = next(iter([*args, *kwargs.values()]))
         self.residual = next((before for before, after in self._norms if after is taken), None)
 
     def tokens(self, rows: Tensor | None, seen: int, shape: LayerShape) -> Grouped:
         """The batch's tokens without padding; `seen` tokens came before."""
-        if "logits" in self._needs and (self.logits is None or self.logits.shape[-1] != shape.rows):
-            raise StageFailed(f"layer {self._index}: the router does not show logits of its {shape.rows} rows",
-                              hint="leave out `prob_sum` and `logit_gram`")  # fmt: skip
-        if "residual" in self._needs and self.residual is None:
-            raise StageFailed(f"layer {self._index}: no norm feeds the MoE block, so there is no stream to compare with",
-                              hint="leave out `easy`")  # fmt: skip
+        self._refuse_blind(shape)
         pick = (lambda x: x) if rows is None else (lambda x: x.index_select(0, rows))
         experts = self._parts.experts
         hidden = pick(self.hidden)
@@ -278,10 +299,26 @@ class _Probe:
             shape=shape, hidden_TD=hidden, index_Tk=index, weight_Tk=weight,
             token_T=torch.arange(seen, seen + len(hidden), device=hidden.device),
             run_experts=lambda x_SD, expert_S: _run_experts(experts, x_SD, expert_S),
+            coalesced=hasattr(experts, ALIAS_MAP),
             logits_TE=None if self.logits is None else pick(self.logits),
             residual_TD=None if self.residual is None else pick(_rows(self.residual)),
             routed_TD=pick(self.routed) * scale,
         )  # fmt: skip
+
+    def _refuse_blind(self, shape: LayerShape) -> None:
+        where = f"layer {self._index}"
+        if "logits" in self._needs and (self.logits is None or self.logits.shape[-1] != shape.rows):
+            raise StageFailed(
+                f"the router does not show the logits of its {shape.rows} rows",
+                where=where,
+                hint="leave `prob_sum` and `logit_gram` out of `statistics`",
+            )
+        if "residual" in self._needs and self.residual is None:
+            raise StageFailed(
+                "no norm feeds the MoE block, so its input cannot be compared with the stream",
+                where=where,
+                hint="leave `easy` out of `statistics`",
+            )
 
 
 def _update(wanted: Sequence[Collector], seen: Grouped) -> None:
@@ -300,19 +337,23 @@ def _chunks(seen: Grouped, outputs_per_token: int) -> Iterator[Grouped]:
     for start in range(0, seen.tokens, size):
         values = {name: getattr(seen, name) for name in per_token}
         cut = {name: v if v is None else v[start : start + size] for name, v in values.items()}
-        yield Grouped(shape=seen.shape, run_experts=seen.run_experts, **cut)
+        yield Grouped(shape=seen.shape, run_experts=seen.run_experts, coalesced=seen.coalesced, **cut)
 
 
 def _run_experts(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
-    """Un-gated y of each row by the stock module: one slot of weight 1. Alias modules are entered below their map."""
+    """Un-gated y of each row by the stock module: one slot of weight 1. Alias modules are entered below
+    their map.
+    """
     stock = getattr(type(experts), "stock", type(experts))
     one = torch.ones(len(x_SD), 1, dtype=x_SD.dtype, device=x_SD.device)
     return stock.forward(experts, x_SD, expert_S[:, None], one)
 
 
 def _coalesced(experts: nn.Module, index_Tk: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
-    """Router rows to stored experts: slots of a token on the same expert become one, with the sum of the weights."""
-    alias_E = getattr(experts, "alias_map", None)
+    """Router rows to stored experts: slots of a token on the same expert become one, with the sum of the
+    weights.
+    """
+    alias_E = getattr(experts, ALIAS_MAP, None)
     if alias_E is None:
         return index_Tk, weight_Tk
     index_Tk = alias_E[index_Tk]
@@ -326,14 +367,23 @@ def _rows(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
-def _shape(parts: adapter.MoeParts, checkpoint: Checkpoint) -> LayerShape:
-    experts = parts.experts.num_experts
-    alias_E = getattr(parts.experts, "alias_map", None)
-    rows = experts if alias_E is None else len(alias_E)
-    return LayerShape(experts, rows, checkpoint.facts.hidden, checkpoint.facts.score)
+def _shape(experts: nn.Module, facts: ModelFacts) -> LayerShape:
+    alias_E = getattr(experts, ALIAS_MAP, None)
+    rows = experts.num_experts if alias_E is None else len(alias_E)
+    return LayerShape(experts.num_experts, rows, facts.hidden, facts.score)
 
 
-# --- recording what the layers are called with ----------------------------------------------------------------------
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """A new tensor in the place of a parameter or buffer; the old one may be somebody else's."""
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if last in owner._buffers:
+        owner._buffers[last] = value
+    else:
+        owner._parameters[last] = nn.Parameter(value, requires_grad=False)
+
+
+# --- recording what the layers are called with ----------------------------------------------------
 
 
 class _Recorder(nn.Module):
@@ -378,7 +428,9 @@ class _Run:
 
 
 class _Runs:
-    """Arguments of every layer for every batch. Equal tensors are kept once: without padding all batches share them."""
+    """Arguments of every layer for every batch. Equal tensors are kept once: without padding all batches
+    share them.
+    """
 
     def __init__(self, batches: Sequence[Batch], device: torch.device, home: torch.device) -> None:
         self._rows = [_valid_rows(batch, device) for batch in batches]
@@ -436,7 +488,9 @@ def _quiet_routers(model: Any) -> Any:
 
 
 def _home(model: Any, batches: Sequence[Batch], device: torch.device) -> torch.device:
-    """Where hidden states wait: on the device when inputs and outputs of a layer fit beside its weights, else the CPU."""
+    """Where hidden states wait: on the device when inputs and outputs of a layer fit beside its weights,
+    else the CPU.
+    """
     if device.type != "cuda":
         return torch.device("cpu")
     layers = adapter.decoder_layers(model)[1]

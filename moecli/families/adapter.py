@@ -1,11 +1,12 @@
-"""The one module that touches semi-public parts of transformers: build without weights, load by layer, load whole.
+"""The one module that touches semi-public parts of transformers: build without weights, load by layer, load
+whole.
 
-Tested on transformers 5.17 and the newest 5.x. Everything goes through transformers' own weight conversion, so a
-model loaded here is bit-equal to `from_pretrained` on the same tensors, but the tensors may come from any
-`Checkpoint`: a folder, an overlay chain, a dequantizing view, an alias checkpoint.
+Tested on transformers 5.17 and the newest 5.x. Everything goes through transformers' own weight conversion,
+so a model loaded here is bit-equal to `from_pretrained` on the same tensors, but the tensors may come from
+any `Checkpoint`: a folder, an overlay chain, a dequantizing view, an alias checkpoint.
 
-Three kinds of names meet here: *on-disk* names (what a Checkpoint lists), *model* names (what `state_dict` lists) and
-decoder layers; `TensorMap` is the bridge.
+Three kinds of names meet here: *on-disk* names (what a Checkpoint lists), *model* names (what `state_dict`
+lists) and decoder layers; `TensorMap` is the bridge.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,24 +26,24 @@ from torch import Tensor, nn
 from moecli.core.artifacts import Checkpoint
 from moecli.core.errors import SurroundingsError
 from moecli.families.alias import make_alias
+from moecli.families.family import ALIAS_KEY, FAMILIES, family_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ALIAS_KEY = "moecli_experts"
-"""Key of `config.json` in alias checkpoints: {"<layer>": stored experts M}; the stock count stays the router's E."""
-
 _NOT_FOR_STOCK = ("quantization_config", "auto_map")
 
 
-# --- building -------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def empty_model(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of `config` in eval mode: parameters on meta, buffers real (rotary frequencies are nowhere else).
+    """The model of `config` in eval mode: parameters on meta, buffers real (rotary frequencies are nowhere
+    else).
 
-    `dtype` defaults to the config's, then float32. `quantization_config` and `auto_map` are set aside: tensors are
-    expected dense, and a checkpoint that is not fails loudly when it is loaded. Alias layers are already in place.
+    `dtype` defaults to the config's, then float32. `quantization_config` and `auto_map` are set aside:
+    tensors are expected dense, and a checkpoint that is not fails loudly when it is loaded. Alias layers
+    are already in place.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -56,7 +57,9 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> 
 
 
 def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """The stock config object of a `config.json`. SurroundingsError when transformers does not know the type."""
+    """The stock config object of a `config.json`. SurroundingsError when transformers does not know the
+    type.
+    """
     from transformers import CONFIG_MAPPING, __version__
 
     model_type = config.get("model_type")
@@ -77,7 +80,9 @@ def _apply_aliases(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Module path and list of the decoder layers: the shallowest ModuleList called `layers`, else the shallowest."""
+    """Module path and list of the decoder layers: the shallowest ModuleList called `layers`, else the
+    shallowest.
+    """
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not found:
         raise SurroundingsError(f"no decoder layers found in `{type(model).__name__}`")
@@ -86,7 +91,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @dataclass(frozen=True, slots=True)
 class MoeParts:
-    """The routed part of one decoder layer, found by structure: the block that owns 3-D `experts` and a router."""
+    """The routed part of one decoder layer, found by structure: the block that owns 3-D `experts` and a
+    router.
+    """
 
     path: str
     """Path of the block inside the decoder layer."""
@@ -110,12 +117,12 @@ def _is_fused(experts: nn.Module) -> bool:
     return any(p.dim() == 3 for p in experts.parameters(recurse=False))
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """On-disk names grouped by where their values go. Names a stock load ignores are in no group."""
+    """On-disk names grouped by where their values go; what a stock load ignores, such as MTP, is in no group."""
 
     prefix: str
     """Path of the decoder layers in the model, such as `model.layers`."""
@@ -131,7 +138,8 @@ def tensor_map(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
     prefix, modules = decoder_layers(model)
     state = model.state_dict()
     rename = _renamer(model, state)
-    targets = {name: rename(name) for name in checkpoint.names()}
+    extra = _extra_of(checkpoint)
+    targets = {name: rename(name) for name in checkpoint.names() if not extra(name)}
     _refuse_unexpected(model, {t for t in targets.values() if t not in state})
     layers: dict[int, list[str]] = {index: [] for index in range(len(modules))}
     outside: list[str] = []
@@ -144,7 +152,7 @@ def tensor_map(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
     return TensorMap(prefix, layers, outside, targets)
 
 
-def _renamer(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Any:
+def _renamer(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Callable[[str], str]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = _conversions(model)
@@ -160,6 +168,12 @@ def _renamer(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Any:
     return rename
 
 
+def _extra_of(checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Whether a tensor belongs to MTP layers, which the model does not run."""
+    known = checkpoint.config.get("model_type") in FAMILIES
+    return family_of(checkpoint.config).is_extra if known else lambda name: False
+
+
 def _conversions(model: PreTrainedModel) -> list[Any]:
     """Fresh on every call: the entries keep the tensors of the load they were used in."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -173,7 +187,7 @@ def _refuse_unexpected(model: PreTrainedModel, names: set[str]) -> None:
     _refuse(model, unexpected=info.unexpected_keys)
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -195,7 +209,11 @@ def load_model(
 
 
 def load_layer(
-    model: PreTrainedModel, checkpoint: Checkpoint, names: TensorMap, layer: int, device: torch.device | str = "cpu"
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    names: TensorMap,
+    layer: int,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Give decoder layer `layer` its weights and return it; every other layer is left as it is."""
     missing = _load(model, checkpoint, names.layers[layer], device)
@@ -214,7 +232,9 @@ def free_layer(model: PreTrainedModel, names: TensorMap, layer: int) -> None:
 def load_outside(
     model: PreTrainedModel, checkpoint: Checkpoint, names: TensorMap, device: torch.device | str = "cpu"
 ) -> None:
-    """Give everything but the decoder layers its weights (embeddings, final norm, head), tied ones included."""
+    """Give everything but the decoder layers its weights (embeddings, final norm, head), tied ones
+    included.
+    """
     missing = _load(model, checkpoint, names.outside, device)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     _refuse_missing(model, {name for name in missing if not name.startswith(names.prefix + ".")})
@@ -235,13 +255,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     path = next((files[name] for name in known if name in files), None)
     if path is None:
         raise SurroundingsError(
-            "the model has no tokenizer: none of " + ", ".join(f"`{name}`" for name in known) + " is beside its weights"
+            "the model has no tokenizer: none of "
+            + ", ".join(f"`{name}`" for name in known)
+            + " is beside its weights"
         )
     return AutoTokenizer.from_pretrained(Path(path).parent)
 
 
 class _Lazy:
-    """What the conversion takes for a tensor: read when it is indexed, one at a time, straight to the device."""
+    """What the conversion takes for a tensor: read when it is indexed, one at a time, straight to the
+    device.
+    """
 
     def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device | str) -> None:
         self._checkpoint, self._name, self._device = checkpoint, name, device
@@ -253,14 +277,17 @@ class _Lazy:
 def _load(
     model: PreTrainedModel, checkpoint: Checkpoint, names: Iterable[str], device: torch.device | str
 ) -> set[str]:
-    """Load these tensors and return the model names that (still) have none, those of other layers included."""
+    """Load these tensors; return the model names that have got none now, those of other layers included."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     dtype = model.dtype if model.config.dtype is None else model.config.dtype
     device = torch.device(device)
     config = LoadStateDictConfig(
-        weight_mapping=_conversions(model), device_map={"": device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype)
+        weight_mapping=_conversions(model),
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
     )
     with _quiet_and_in_order():
         state = {name: _Lazy(checkpoint, name, device) for name in names}
@@ -273,7 +300,9 @@ def _load(
 
 @contextmanager
 def _quiet_and_in_order() -> Iterator[None]:
-    """No progress bar of transformers, and tensors read one after the other: less memory, and faster on a layer."""
+    """No progress bar of transformers, and tensors read one after the other: less memory, and faster on a
+    layer.
+    """
     from transformers.utils import logging
 
     name, bar = "HF_DEACTIVATE_ASYNC_LOAD", logging.is_progress_bar_enabled()
@@ -293,7 +322,9 @@ def _to_meta(root: nn.Module, without: nn.Module | None = None) -> None:
     for module in root.modules():
         for name, old in module._parameters.items() if module not in skipped else ():
             if old is not None and not old.is_meta:
-                module._parameters[name] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_like(old, device="meta"), requires_grad=False
+                )
 
 
 def _move_buffers(root: nn.Module, device: torch.device | str) -> None:
@@ -311,7 +342,7 @@ def _load_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> N
         model.generation_config = GenerationConfig.from_dict(json.loads(Path(path).read_text("utf-8")))
 
 
-# --- saying no ------------------------------------------------------------------------------------------------------
+# --- saying no ------------------------------------------------------------------------------------
 
 
 def _info(**lists: Any) -> Any:

@@ -1,8 +1,10 @@
-"""Experts shared by several router rows: a stock `experts` module made smaller, plus a map from router row to expert.
+"""Experts shared by several router rows: a stock `experts` module made smaller, plus a map from router row
+to expert.
 
-The stock instance stays: its activation, gating, biases and layout flags are untouched, only sizes change, so every
-stock implementation (eager, grouped, batched) keeps working. Two slots of one token may name one expert; stock
-implementations add both, which is the right sum. Needs torch only: `runtime` may quote this file as it is.
+The stock instance stays: its activation, gating, biases and layout flags are untouched, only sizes change,
+so every stock implementation (eager, grouped, batched) keeps working. Two slots of one token may name one
+expert; stock implementations add both, which is the right sum. Needs torch only: `runtime` may quote this
+file as it is.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ def alias_class(stock: type[nn.Module]) -> type[nn.Module]:
 def make_alias(experts_module: nn.Module, experts_M: int, rows_E: int) -> None:
     """Turn a stock `experts` module into one that stores `experts_M` experts behind `rows_E` router rows.
 
-    Parameters become empty ones with first dimension M (on the device they were on, usually meta) and `alias_map` an
-    empty int64 [E] buffer: both are then ordinary checkpoint tensors. ValueError unless every parameter has E as its
-    first dimension.
+    Parameters become empty ones with first dimension M (on the device they were on, usually meta) and
+    `alias_map` an empty int64 [E] buffer: both are then ordinary checkpoint tensors. ValueError unless
+    every parameter has E as its first dimension.
     """
     for name, old in list(experts_module.named_parameters(recurse=False)):
         if old.shape[0] != rows_E:
