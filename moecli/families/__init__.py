@@ -1,0 +1,37 @@
+"""Where a model keeps its experts. Knows nothing of compression."""
+
+from moecli.families.family import (
+    ALIAS_KEY,
+    FAMILIES,
+    Family,
+    Linear,
+    accounting,
+    alias_config,
+    expert_forward,
+    facts_of,
+    family_of,
+    keep_problem,
+    linears_of,
+)
+from moecli.families.routing import RouteRule, Routing, route
+from moecli.families.sketch import forecast_alias, forecast_keep, forecast_row_drop
+
+__all__ = [
+    "ALIAS_KEY",
+    "FAMILIES",
+    "Family",
+    "Linear",
+    "RouteRule",
+    "Routing",
+    "accounting",
+    "alias_config",
+    "expert_forward",
+    "facts_of",
+    "family_of",
+    "forecast_alias",
+    "forecast_keep",
+    "forecast_row_drop",
+    "keep_problem",
+    "linears_of",
+    "route",
+]
