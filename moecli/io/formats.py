@@ -16,11 +16,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moecli.core.artifacts import Checkpoint
+from moecli.core.artifacts import Checkpoint, PartWriter
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.ops.pack import pack_rows
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,28 @@ def _group(targets: Sequence[str], bits: int, group_size: int) -> dict[str, Any]
     }
 
 
+def packed_specs(weight_name: str, spec: TensorSpec, bits: int, group_size: int) -> dict[str, TensorSpec]:
+    """What stands on disk for a weight [N, K] of this spec, scales in its dtype. `group_size` divides K."""
+    rows, columns = spec.shape
+    names = packed_names(weight_name)
+    return {
+        names.packed: TensorSpec("int32", (rows, -(-columns * bits // 32))),
+        names.scale: TensorSpec(spec.dtype, (rows, columns // group_size)),
+        names.shape: TensorSpec("int64", (2,)),
+    }
+
+
+def put_packed(part: PartWriter, weight_name: str, codes_NK: Tensor, scale_NG: Tensor, bits: int) -> None:
+    """Write codes and scales in place of the parent's weight."""
+    import torch
+
+    names = packed_names(weight_name)
+    part.drop(weight_name, f"packed to {bits} bits")
+    part.put(names.packed, pack_rows(codes_NK, bits))
+    part.put(names.scale, scale_NG)
+    part.put(names.shape, torch.tensor(codes_NK.shape, dtype=torch.int64))
+
+
 def is_packed(checkpoint: Checkpoint, weight_name: str) -> bool:
     """Whether `X.weight` is stored packed. Names that do not end in `.weight` never are."""
     return weight_name.endswith(".weight") and packed_names(weight_name).packed in checkpoint
@@ -114,7 +137,8 @@ def is_packed(checkpoint: Checkpoint, weight_name: str) -> bool:
 class DenseView(StoredCheckpoint):
     """A checkpoint whose packed linears read as ordinary `X.weight`, dequantized when asked for.
 
-    Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is.
+    Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
+    compact export as the alias checkpoint it was made from.
     SurroundingsError when it is quantized in a way this view does not know.
     """
 
@@ -122,18 +146,16 @@ class DenseView(StoredCheckpoint):
         self.parent = stored(checkpoint)
         self.facts_of = self.parent.facts_of
         config = dict(self.parent.config)
-        self._schemes = _schemes(config.pop("quantization_config", None))
+        quantization, guard = _unwrapped(config.pop("quantization_config", None))
+        self._schemes = _schemes(quantization)
         self.config: Mapping[str, Any] = config
         self.facts = self.facts_of(config)
         self._packed = {
             name.removesuffix("_packed") for name in self.parent.names() if name.endswith(".weight_packed")
         }
         hidden = {part for name in self._packed for part in packed_names(name)}
-        self._names = dict.fromkeys(
-            sorted(
-                self._packed | {name for name in self.parent.names() if name not in hidden}, key=natural_key
-            )
-        )
+        shown = {name for name in self.parent.names() if name not in hidden and name != guard}
+        self._names = dict.fromkeys(sorted(self._packed | shown, key=natural_key))
         self._refuse_the_unknown(hidden)
 
     def _refuse_the_unknown(self, hidden: set[str]) -> None:
@@ -209,6 +231,14 @@ class DenseView(StoredCheckpoint):
         if name not in self._names:
             raise KeyError(f"no tensor `{name}`")
         return name
+
+
+def _unwrapped(config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, str | None]:
+    """The packed format inside a compact export's `quantization_config`, and its guard: an empty tensor that
+    is there for other readers. Any other config is returned as it is."""
+    if config is None or config.get("quant_method") != "moecli":
+        return config, None
+    return config.get("packed"), config.get("guard")
 
 
 def _schemes(config: Mapping[str, Any] | None) -> list[Group]:
