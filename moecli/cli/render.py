@@ -145,7 +145,7 @@ def _marked_line(
 
 
 class _Cells:
-    """One source line as a terminal shows it: tabs widened, control characters visible, cut around `focus`."""
+    """One source line as a terminal shows it: tabs widened, controls visible, cut around `focus`."""
 
     def __init__(self, text: str, focus: int) -> None:
         shown: list[str] = []

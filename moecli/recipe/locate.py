@@ -32,6 +32,7 @@ Related = tuple[tuple[Place, str], ...]
 
 _TAG = "tag:yaml.org,2002:"
 _BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
+_READ_AS = {"bool": "true or false", "null": "nothing", "float": "a number", "timestamp": "a date"}
 _TRUE = ("yes", "true", "on")
 _FALSE = ("no", "false", "off")
 
@@ -211,7 +212,7 @@ _SYNTAX: tuple[tuple[str, str, str | None], ...] = (
     ("expected <block end>.*", "the indentation fits no line above", None),
     (r"expected ',' or '\]'.*", "the list is not closed: expected `,` or `]`", None),
     (r"expected ',' or '\}'.*", "the mapping is not closed: expected `,` or `}`", None),
-    (r"found character '\\t'.*", "a tab cannot indent YAML", "use spaces"),
+    (r"found character '\\t'.*", "YAML allows no tab here", "use spaces"),
     ("found character '(.)'.*", "text cannot start with `{0}` here", "put it in quotes"),
     ("found unknown escape character '?(.+?)'?", r"`\{0}` is no escape in double quotes",
      r"use single quotes for text with `\`"),
@@ -233,7 +234,11 @@ def _syntax(text: str, problem: yaml.MarkedYAMLError, path: str) -> RecipeError:
     if "end of stream" in said or "document separator" in said:
         quote = problem.context_mark or mark
         return _fatal("this quote is never closed", _at(quote, path, lines))
+    if said == "could not find expected ':'" and problem.context_mark is not None:
+        mark = problem.context_mark
     place = _at(mark, path, lines)
+    if said == "mapping values are not allowed here" and (too_deep := _too_deep(place, lines)):
+        return too_deep
     for pattern, message, hint in _SYNTAX:
         if match := re.fullmatch(pattern, said, re.DOTALL):
             words = [*match.groups(), ""]
@@ -244,6 +249,21 @@ def _syntax(text: str, problem: yaml.MarkedYAMLError, path: str) -> RecipeError:
                 message.replace("{0}", words[0]), place, hint and hint.replace("{0}", words[0]), opened
             )
     return _fatal("this is not valid YAML", place)
+
+
+def _too_deep(place: Place, lines: list[str]) -> RecipeError | None:
+    """The first key of a line, indented so far that it continues the value above it."""
+    before = lines[place.line - 1][: place.column - 1]
+    above = [line for line in lines[: place.line - 1] if line.strip() and not line.lstrip().startswith("#")]
+    if ": " in before or not above:
+        return None
+    key = before.strip().removeprefix("- ")
+    column = len(before) - len(before.lstrip()) + 1
+    wanted = len(above[-1]) - len(above[-1].lstrip()) + 1
+    if wanted >= column:
+        return None
+    there = Place(place.path, place.line, column, max(1, len(before.strip())))
+    return _fatal(f"`{key}` is indented below a value", there, f"start it in column {wanted}")
 
 
 def _opened(problem: yaml.MarkedYAMLError, path: str, lines: list[str], place: Place) -> Related:
@@ -305,7 +325,7 @@ class _Builder:
                 merged += self.merge(value_node)
                 continue
             place = self.place_of(key_node)
-            key = self.key(key_node, place)
+            key = self.key(key_node, place, path)
             if key in first:
                 related = ((first[key], "first given here"),)
                 self.found.append(Diagnostic(f"`{key}` is given twice", place, "remove one of them", related))
@@ -314,7 +334,7 @@ class _Builder:
             values[key] = self.build(value_node, (*path, key), place)
         for key_node, value_node in merged:
             place = self.place_of(key_node)
-            key = self.key(key_node, place)
+            key = self.key(key_node, place, path)
             if key not in values:
                 values[key] = self.build(value_node, (*path, key), place)
         return values
@@ -337,15 +357,16 @@ class _Builder:
             entries += [(k, v) for k, v in child.value if k.tag != f"{_TAG}merge"] + nested
         return entries
 
-    def key(self, node: yaml.Node, place: Place) -> str:
+    def key(self, node: yaml.Node, place: Place, path: tuple[str, ...]) -> str:
         """The key as text. Whole numbers are allowed, for options that count layers."""
         if not isinstance(node, yaml.ScalarNode):
-            self.found.append(Diagnostic("a key must be text", place))
-            return f"<line {place.line}>"
-        if node.style is None and node.tag.removeprefix(_TAG) in ("bool", "null", "float", "timestamp"):
-            read_as = {"bool": "true or false", "null": "nothing", "float": "a number", "timestamp": "a date"}
-            message = f"the key `{node.value}` is read as {read_as[node.tag.removeprefix(_TAG)]}"
-            self.found.append(Diagnostic(message, place, f'write `"{node.value}":`'))
+            name = f"<line {place.line}>"
+            self.wrong((*path, name), place, "a key must be text")
+            return name
+        kind = node.tag.removeprefix(_TAG)
+        if node.style is None and kind in _READ_AS:
+            message = f"YAML reads the key `{node.value}` as {_READ_AS[kind]}"
+            self.wrong((*path, node.value), place, message, f'write `"{node.value}":` for text')
         return str(node.value)
 
     def scalar(self, node: yaml.ScalarNode, path: tuple[str, ...], place: Place) -> Any:

@@ -18,11 +18,15 @@ from pydantic_core import ErrorDetails
 from moecli.core.errors import Diagnostic, Place, RecipeError
 from moecli.core.stage import Options
 from moecli.recipe.locate import Located, Span, in_file_order, parse, read
-from moecli.recipe.near import did_you_mean, near_stage
+from moecli.recipe.near import did_you_mean, near, near_stage
 from moecli.recipe.words import Explainer
 
 SET = "--set"
 """Path of places on the command line; their line is the number of the `--set`, counted from 1."""
+
+FRAME_KEYS = ("run", "with", "id", "use")
+"""Keys of a stage itself."""
+ID = "^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 Find = Callable[[str], type[Options]]
 """Stage name -> its options; only called with registered names."""
@@ -39,7 +43,7 @@ class StageEntry(_Part):
     """The stage: `kind/method`."""
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
     """Options of the stage."""
-    id: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    id: Annotated[str, Field(pattern=ID)] | None = None
     """A name that `use` of later stages can refer to."""
     use: dict[str, str] = Field(default_factory=dict)
     """Input -> id of the stage to take it from; the newest earlier one of its type by default."""
@@ -185,6 +189,12 @@ def _refine(diagnostic: Diagnostic, located: Located) -> Diagnostic:
         message, hint = "`stages` has no entries", "add `- run: ...` below it"
     elif message.startswith("`stages` must be a list, got a mapping"):
         hint = "start each stage with `- run: ...`"
+    elif message.startswith("`stages` must be a list, got nothing"):
+        hint = "add `- run: ...` below it"
+    elif message.startswith("`stages.") and " must be a mapping" in message:
+        hint = "start it with `- run: ...`"
+    elif message.startswith("`id` must be text of the form"):
+        message = "`id` must be letters, digits, `-`, `_` and `.`, " + message[message.rindex("got ") :]
     elif message.startswith("`with` must be a mapping, got nothing"):
         hint = "write options below it, or remove `with:`"
     elif message.startswith("`model` must be text of"):
@@ -239,6 +249,8 @@ def _options(
             continue
         if f"stages.{index}.run" in located.suspect or not isinstance(given, dict):
             continue
+        if "with" not in entry and any(near(key, FRAME_KEYS) == "with" for key in entry):
+            continue  # a misspelt `with`: told already, and what it holds is not known
         model = find(name)
         found += _beside_with(located, index, entry, model, found)
         try:
@@ -263,7 +275,7 @@ def _beside_with(
 ) -> Iterator[Diagnostic]:
     """Options written beside `run` instead of below `with`: one better message replaces "unknown key"."""
     options = {field.alias or name for name, field in model.model_fields.items()}
-    for key in sorted(options & entry.keys() - {"run", "with", "id", "use"}):
+    for key in sorted(options & entry.keys() - set(FRAME_KEYS)):
         place = located.place(f"stages.{index}.{key}", key=True)
         found[:] = [d for d in found if not (d.place == place and d.message.startswith("unknown key"))]
         value = located.text(f"stages.{index}.{key}") or "..."

@@ -64,7 +64,10 @@ class Explainer(NamedTuple):
     def diagnostics(self, values: Any, errors: Sequence[ErrorDetails]) -> Iterator[Diagnostic]:
         """One diagnostic per place; members of a union that all failed are joined by "or"."""
         groups: dict[tuple[tuple[int | str, ...], str], list[ErrorDetails]] = {}
+        typos = set(self.typos(errors))
         for error in errors:
+            if error["type"] == "missing" and error["loc"] in typos:
+                continue
             where = _existing(values, error["loc"])
             kind = error["type"] if error["type"] in ("missing", "extra_forbidden") else "value"
             last = str(error["loc"][-1]) if kind == "missing" else ""
@@ -73,6 +76,14 @@ class Explainer(NamedTuple):
             path = self.path(where)
             if not any(_below(path, suspect) for suspect in self.located.suspect):
                 yield self.diagnostic(values, where, members)
+
+    def typos(self, errors: Sequence[ErrorDetails]) -> Iterator[tuple[int | str, ...]]:
+        """Where a missing key is there after all, under a name that is nearly its own."""
+        for error in errors:
+            if error["type"] == "extra_forbidden":
+                *parent, name = error["loc"]
+                if meant := near(str(name), _keys(_model_at(self.model, parent))):
+                    yield (*parent, meant)
 
     def path(self, loc: Sequence[int | str]) -> str:
         return ".".join([*([self.base] if self.base else []), *map(str, loc)])
@@ -260,4 +271,6 @@ def _doc(model: type[BaseModel] | None, name: str) -> str:
     fields: Mapping[str, Any] = {f.alias or n: f for n, f in model.model_fields.items()} if model else {}
     text = (fields[name].description or "") if name in fields else ""
     sentence = re.split(r"(?<=[.;:])\s", " ".join(text.split()))[0].rstrip(".;:")
-    return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() else sentence
+    return (
+        sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
+    )
