@@ -113,7 +113,7 @@ def packed_specs(weight_name: str, spec: TensorSpec, bits: int, group_size: int)
     names = packed_names(weight_name)
     return {
         names.packed: TensorSpec("int32", (rows, -(-columns * bits // 32))),
-        names.scale: TensorSpec(spec.dtype, (rows, columns // group_size)),
+        names.scale: TensorSpec(spec.dtype, (rows, 1 if group_size == CHANNEL else columns // group_size)),
         names.shape: TensorSpec("int64", (2,)),
     }
 

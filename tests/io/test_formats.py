@@ -14,7 +14,17 @@ from torch import Tensor
 
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
-from moecli.io.formats import CHANNEL, DenseView, Group, is_packed, packed_names, quantization_config
+from moecli.io.formats import (
+    CHANNEL,
+    DenseView,
+    Group,
+    is_packed,
+    packed_names,
+    packed_specs,
+    put_packed,
+    quantization_config,
+)
+from moecli.io.overlay import OverlayWriter
 from moecli.io.reader import FolderCheckpoint
 from moecli.io.writer import export_folder
 from moecli.ops.pack import dequantize, pack_rows, quantize_rtn
@@ -103,6 +113,18 @@ def test_a_pattern_that_transformers_would_misread() -> None:
     ):
         quantization_config(4, 32, extra_groups=[Group(["re:.*shared_experts.*"], 8, 32)])
     quantization_config(4, 32, extra_groups=[Group(["re:.*shared_expert[s].*"], 8, 32)])
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 16), (4, 32), (8, CHANNEL)])
+def test_forecast_and_what_is_written_agree(tmp_path: Path, bits: int, group_size: int) -> None:
+    weight = torch.randn(6, 96)
+    source = opened(tmp_path / "m", {EXPERT: weight}, None)
+    codes, scale = quantize_rtn(weight, bits, 96 if group_size == CHANNEL else group_size)
+    with OverlayWriter(tmp_path / "o", source) as out:
+        out.part("p", lambda part: put_packed(part, EXPERT, codes, scale, bits))
+    found = {name: out.checkpoint.spec(name) for name in out.checkpoint.names()}
+    assert found == packed_specs(EXPERT, source.spec(EXPERT), bits, group_size)
+    assert out.checkpoint.dropped() == {EXPERT: f"packed to {bits} bits"}
 
 
 class TestDenseView:
