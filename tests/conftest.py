@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model("qwen3_moe", experts=8)`: the folder of a toy model, made once a session. Read it, never write."""
+    """`tiny_model("qwen3_moe", experts=8)`: the folder of a toy model, made once a session; only read it."""
     from tests import tiny
 
     made: dict[tuple[str, str], Path] = {}

@@ -1,7 +1,7 @@
-"""One class over the table: what a model's `config.json` says, and where its experts, routers and linears are.
+"""One class over the table: what `config.json` says, and where experts, routers and linears are.
 
-A `Family` is bound to one config. It works in on-disk names; `moe_block` and its neighbours give module paths.
-Nothing here imports transformers.
+A `Family` is bound to one config. It works in on-disk names; `moe_block` and its neighbours give module
+paths. Nothing here imports transformers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BF16_HINT = "set `model` to a bfloat16 copy of it"
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A weight that multiplies: 2-D, or 3-D where a layer's experts are stacked. `layer` is None for the head."""
+    """A weight that multiplies: 2-D, or 3-D where experts are stacked. `layer` is None for the head."""
 
     name: str
     role: Role
@@ -52,7 +52,7 @@ class Linear:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a model. Raises SurroundingsError when config.json's `model_type` is missing or unknown."""
+    """The family of a model. Raises SurroundingsError when `model_type` is missing or unknown."""
     model_type = config.get("model_type")
     if model_type in TABLE:
         return Family(config)
@@ -90,7 +90,7 @@ class Family:
         self.model_type: str = config["model_type"]
         self.row: Row = TABLE[self.model_type]
 
-    # -- config.json ------------------------------------------------------------------------------------------
+    # -- config.json -------------------------------------------------------------------------
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
@@ -186,7 +186,7 @@ class Family:
         new[winner] = keep
         return new
 
-    # -- names ------------------------------------------------------------------------------------------------
+    # -- names -------------------------------------------------------------------------------
 
     def disk_block(self, layer: int) -> str:
         return f"model.layers.{layer}.{self.row.disk_block}"
@@ -224,7 +224,7 @@ class Family:
         present = (form for form in layouts if any(name in names for name in form.names_of(0)))
         return next(present, layouts[0])
 
-    # -- experts ----------------------------------------------------------------------------------------------
+    # -- experts -----------------------------------------------------------------------------
 
     def read_expert(self, ckpt: Checkpoint, layer: int, expert: int) -> ExpertWeights:
         """One expert in the checkpoint's dtype, on the CPU. Raises SurroundingsError (missing, quantized)."""
@@ -269,7 +269,7 @@ class Family:
         return SurroundingsError(f"tensor `{name}` is missing from the checkpoint", where=f"layer {layer}")
 
     def expert_forward(self, w: ExpertWeights, x_TD: Tensor) -> Tensor:
-        """What the expert makes of tokens, before the router's weight: [T, D] -> [T, D]. Accepts leading E."""
+        """What the expert makes of tokens, unweighted: [T, D] -> [T, D]. Accepts a leading E."""
         gate, up = (
             _affine(x_TD, w.gate_FD, w.gate_bias_F),
             _affine(x_TD, w.up_FD, w.up_bias_F),
@@ -289,7 +289,7 @@ class Family:
             )
         return _ACTIVATIONS[name](gate) * up
 
-    # -- router -----------------------------------------------------------------------------------------------
+    # -- router ------------------------------------------------------------------------------
 
     def router_names(self, layer: int, names: Container[str]) -> dict[str, RouterTensor]:
         """Router tensors that are on disk, by name. A model saved with in-memory names is recognised."""
@@ -325,7 +325,7 @@ class Family:
         """Weights [T, k] and experts [T, k] as the model computes them. `bias_E`: the correction bias."""
         return route(logits_TE, bias_E, self.rule)
 
-    # -- the rest of the checkpoint ---------------------------------------------------------------------------
+    # -- the rest of the checkpoint ----------------------------------------------------------
 
     def shared_names(self, layer: int) -> tuple[str, ...]:
         """Weights of the shared experts, gate, up, down; empty without."""
@@ -367,7 +367,7 @@ class Family:
         return "router" if rest in routers or rest == "shared_expert_gate.weight" else "dense"
 
     def is_extra(self, name: str) -> bool:
-        """Whether a tensor belongs to multi-token-prediction layers, outside the model that transformers runs."""
+        """Whether a tensor belongs to multi-token-prediction layers, which transformers does not run."""
         layer = _layer_of(name)
         return (layer is not None and layer >= self.facts.layers) or any(
             segment.startswith("mtp") for segment in name.split(".")
@@ -378,14 +378,14 @@ class Family:
         return [name for name in ckpt.names() if self.is_extra(name)]
 
     def drop_mtp(self, part: PartWriter, ckpt: Checkpoint) -> None:
-        """Leave out the MTP layers: they hold experts and routers of the old count and nothing here calibrates them."""
+        """Leave out the MTP layers: their experts keep the old count, and nothing calibrates them."""
         for name in self.extra_tensors(ckpt):
             part.drop(name, "MTP layer")
 
-    # -- does the file agree with the config? -----------------------------------------------------------------
+    # -- does the file agree with the config? ------------------------------------------------
 
     def expected(self, names: Container[str], layer: int) -> Shapes:
-        """Every tensor of an MoE block with the shape that the config asks for, in this checkpoint's layout."""
+        """Every tensor of an MoE block with the shape that the config asks for, in this layout."""
         facts = self.facts
         shapes = dict(
             self.layout(names, layer).shapes(self.experts_in(layer), facts.expert_width, facts.hidden)
@@ -405,7 +405,10 @@ class Family:
         return shapes
 
     def accounting(self, ckpt: Checkpoint) -> list[SurroundingsError]:
-        """What is wrong with the MoE layers on disk: missing tensors, shapes or counts that contradict the config."""
+        """What is wrong with the MoE layers on disk: missing tensors, shapes or counts unlike the config's.
+
+        Nothing is said of checkpoints quantized by others, whose tensors have other names and shapes.
+        """
         if self.quantized:
             return []
         names = set(ckpt.names())
@@ -443,7 +446,7 @@ class Family:
 
 
 def keep_problem(facts: ModelFacts, keep: int) -> Problem | None:
-    """Why `keep` experts a layer cannot work for this model's routing, or None. The hint is the nearest legal count."""
+    """Why `keep` experts a layer cannot work for this routing, or None. The hint: the nearest legal count."""
     message = _keep_message(facts, keep)
     if message is None:
         return None
@@ -464,7 +467,8 @@ def _keep_message(facts: ModelFacts, keep: int) -> str | None:
     if keep % groups:
         return f"`keep` must be a multiple of the router's {groups} groups (`n_group`), got {keep}"
     if pairs and keep // groups < 2:
-        return f"each of the router's {groups} groups needs at least 2 experts, `keep: {keep}` leaves {keep // groups}"
+        block = "the router" if groups == 1 else f"each of the router's {groups} groups"
+        return f"{block} needs at least 2 experts, `keep: {keep}` leaves {keep // groups}"
     reachable = facts.groups_used * (keep // groups)
     if groups > 1 and reachable < top_k:
         return (
@@ -475,7 +479,7 @@ def _keep_message(facts: ModelFacts, keep: int) -> str | None:
 
 
 def without_mtp(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy that asks for no multi-token-prediction layers (transformers' default is one where it knows them)."""
+    """A deep copy that asks for no multi-token-prediction layers (left out, transformers expects one)."""
     new = copy.deepcopy(dict(config))
     keys = TABLE[config["model_type"]].mtp_keys
     for key in (*keys, "num_nextn_predict_layers"):

@@ -1,4 +1,4 @@
-"""Router logits to weights and experts, for each score rule, as the models compute it. Pure functions of tensors.
+"""Router logits to weights and experts, for each score rule, as the models compute it.
 
 Used as the oracle of tests and by methods that ask "where would this token go if the router were cut".
 Weights are float32 [T, k], experts int64 [T, k]; the order of the k slots carries no meaning.
@@ -16,7 +16,7 @@ from moecli.core.model import ScoreRule
 
 
 class Routing(NamedTuple):
-    """Where each token goes: `weights_Tk` float32 as the experts' outputs are multiplied, `experts_Tk` int64."""
+    """Where each token goes: weights float32, as the experts' outputs are multiplied; experts int64."""
 
     weights_Tk: Tensor
     experts_Tk: Tensor
@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RouteRule:
-    """How one model routes. `groups` blocks of consecutive experts, of which each token may use `groups_used`."""
+    """How one model routes. A token may use `groups_used` of `groups` blocks of consecutive experts."""
 
     score: ScoreRule
     top_k: int
@@ -39,13 +39,13 @@ class RouteRule:
     group_score: Literal["max", "top2"] = "max"
     """What ranks groups: the best expert (DeepSeek-V2) or the sum of the best two (DeepSeek-V3)."""
     band: float = 0.0
-    """sparsemixer: logits further than this (relative) below the best get no probability (2 x router_jitter_noise)."""
+    """sparsemixer: logits further (relatively) below the best get no probability: 2 x router_jitter_noise."""
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, rule: RouteRule) -> Routing:
     """The routing of T tokens. `bias_E` is the correction bias: it moves the selection, never the weights.
 
-    A router's own linear bias (gpt_oss) belongs into the logits. Dropped experts may be masked with -inf logits.
+    A router's own linear bias (gpt_oss) belongs into the logits. Logits of -inf mask dropped experts.
     """
     logits_TE = logits_TE.float()
     match rule.score:

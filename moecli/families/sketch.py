@@ -1,4 +1,4 @@
-"""What becomes of names, shapes and config when experts go, without reading a weight: `plan`'s side of `Family`.
+"""What becomes of names, shapes and config when experts go: `Family` without reading a weight.
 
 Exact to the byte: tests compare with the specs of really changed checkpoints.
 """
@@ -9,36 +9,43 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moecli.core.errors import StageFailed
+from moecli.core.errors import StageFailed, SurroundingsError
 from moecli.core.model import ModelSketch, TensorSpec
-from moecli.families.family import Family, alias_config, family_of
+from moecli.families.family import BF16_HINT, Family, alias_config, family_of
 
 Specs = dict[str, TensorSpec]
 
 
 def forecast_keep(sketch: ModelSketch, keep: int) -> ModelSketch:
-    """The model pruned to `keep` experts a layer, with their router rows. Raises MoecliError for an illegal count."""
-    family = family_of(sketch.config)
+    """The model pruned to `keep` experts a layer, with their router rows.
+
+    Raises MoecliError for an illegal count and SurroundingsError for quantized experts.
+    """
+    family = _unquantized(sketch)
     specs = _without_mtp(family, sketch.specs)
     if specs:
         for layer in family.facts.moe_layers:
-            specs = _resize_router(family, _resize_experts(family, specs, layer, keep), layer, keep)
+            _resize_experts(family, specs, layer, keep)
+            _resize_router(family, specs, layer, keep)
     return _changed(sketch, family.shrink_config(sketch.config, keep), specs)
 
 
 def forecast_alias(sketch: ModelSketch, keep: int) -> ModelSketch:
-    """The model with its experts merged to `keep` a layer under an alias map; the router keeps its rows."""
-    family = family_of(sketch.config)
+    """The model with its experts merged to `keep` a layer under an alias map; the router keeps its rows.
+
+    Raises SurroundingsError for quantized experts.
+    """
+    family = _unquantized(sketch)
     specs = _without_mtp(family, sketch.specs)
     if specs:
         for layer in family.facts.moe_layers:
-            specs = _resize_experts(family, specs, layer, keep)
+            _resize_experts(family, specs, layer, keep)
             specs[family.alias_name(layer)] = TensorSpec("int64", (family.facts.router_rows,))
     return _changed(sketch, alias_config(sketch.config, dict.fromkeys(family.facts.moe_layers, keep)), specs)
 
 
 def forecast_row_drop(sketch: ModelSketch) -> ModelSketch:
-    """The alias model with one router row for each expert. Raises StageFailed when layers differ in experts."""
+    """The alias model with one router row for each expert. StageFailed: layers differ in experts."""
     family = family_of(sketch.config)
     counts = {family.experts_in(layer) for layer in family.facts.moe_layers}
     if len(counts) > 1:
@@ -50,29 +57,39 @@ def forecast_row_drop(sketch: ModelSketch) -> ModelSketch:
     if specs:
         for layer in family.facts.moe_layers:
             specs.pop(family.alias_name(layer), None)
-            specs = _resize_router(family, specs, layer, family.facts.experts)
+            _resize_router(family, specs, layer, family.facts.experts)
     return _changed(sketch, family.shrink_config(sketch.config, family.facts.experts), specs)
+
+
+def _unquantized(sketch: ModelSketch) -> Family:
+    """The family, once it is known that its experts will be readable as numbers."""
+    family = family_of(sketch.config)
+    if sketch.facts.quantized:
+        hint = BF16_HINT if family.quantized else "move this stage above the `quantize/...` stage"
+        raise SurroundingsError(
+            f"experts are quantized ({sketch.facts.quantized}) and cannot be read", hint=hint
+        )
+    return family
 
 
 def _without_mtp(family: Family, specs: Mapping[str, TensorSpec]) -> Specs:
     return {name: spec for name, spec in specs.items() if not family.is_extra(name)}
 
 
-def _resize_experts(family: Family, specs: Specs, layer: int, keep: int) -> Specs:
-    """Specs of released dtypes and widths, cut to `keep` experts: nothing is assumed about the experts' width."""
-    form, before = family.layout(specs, layer), family.experts_in(layer)
-    old = {name for expert in range(before) for name in form.names_of(expert)}
-    kept = {name for expert in range(keep) for name in form.names_of(expert)}
-    stacked = form.names_of(0) == form.names_of(1)
-    result = {name: spec for name, spec in specs.items() if name not in old - kept}
-    if stacked:
-        result |= {name: _cut(specs[name], 0, keep) for name in kept}
-    return result
+def _resize_experts(family: Family, specs: Specs, layer: int, keep: int) -> None:
+    """Cut the layer's specs to `keep` experts in place; widths and dtypes stay as they are."""
+    form = family.layout(specs, layer)
+    names = form.names_of(0)
+    if names == form.names_of(1):
+        specs |= {name: _cut(specs[name], 0, keep) for name in names}
+    else:
+        for expert in range(keep, family.experts_in(layer)):
+            for name in form.names_of(expert):
+                del specs[name]
 
 
-def _resize_router(family: Family, specs: Specs, layer: int, keep: int) -> Specs:
-    rows = {name: _cut(specs[name], t.axis, keep) for name, t in family.router_names(layer, specs).items()}
-    return specs | rows
+def _resize_router(family: Family, specs: Specs, layer: int, keep: int) -> None:
+    specs |= {name: _cut(specs[name], t.axis, keep) for name, t in family.router_names(layer, specs).items()}
 
 
 def _cut(spec: TensorSpec, axis: int, length: int) -> TensorSpec:

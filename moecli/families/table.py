@@ -1,8 +1,9 @@
 """Where each model family keeps its experts and how it routes: data, one row a family.
 
-Names are on-disk names of released checkpoints; `memory` names are those of the transformers modules, which are also
-on disk where a model was saved with `save_original_format=False`. Defaults are those of the transformers configs,
-for fields that `config.json` leaves out. Source: transformers 5.17 and 5.23, checked by tests/families.
+Names are on-disk names of released checkpoints; `memory` names are those of the transformers modules, which
+are also on disk where a model was saved with `save_original_format=False`. Defaults are those of the
+transformers configs, for fields that `config.json` leaves out. Source: transformers, with which
+tests/families and tests/contract compare every row.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Row:
     """Stacked layouts that may be on disk, the released one first."""
     router_tensors: tuple[RouterTensor, ...] = (RouterTensor("gate.weight", "gate.weight"),)
     experts_keys: tuple[str, ...]
-    """Config fields of the number of experts: where several are present, the first of these wins (measured)."""
+    """Config fields of the number of experts: where several are present, the first wins (measured)."""
     top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
     width_key: str = "moe_intermediate_size"
     shared: str | None = None
@@ -120,8 +121,8 @@ _GATE = RouterTensor("gate.weight", "gate.weight")
 
 def _sizes(layers: int, hidden: int, vocab: int, positions: int, **more: Any) -> dict[str, Any]:
     common = {
-        "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocab, "max_position_embeddings": positions,
-        "hidden_act": "silu", "tie_word_embeddings": False,
+        "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocab,
+        "max_position_embeddings": positions, "hidden_act": "silu", "tie_word_embeddings": False,
     }  # fmt: skip
     return common | more
 
@@ -140,7 +141,8 @@ TABLE: Mapping[str, Row] = {
         moe_layers=sparse_steps,
         renormalized="norm_topk_prob",
         defaults=_sizes(24, 2048, 151936, 32768) | _QWEN | {
-            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
         },
     ),
     "qwen2_moe": Row(
@@ -150,7 +152,8 @@ TABLE: Mapping[str, Row] = {
         shared="shared_expert",
         shared_width=lambda c: c["shared_expert_intermediate_size"],
         defaults=_sizes(24, 2048, 151936, 32768) | _QWEN | {
-            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+            "norm_topk_prob": False,
             "shared_expert_intermediate_size": 5632,
         },
     ),
@@ -161,7 +164,8 @@ TABLE: Mapping[str, Row] = {
         shared="shared_expert",
         shared_width=lambda c: c["shared_expert_intermediate_size"],
         defaults=_sizes(48, 2048, 151936, 32768) | _QWEN | {
-            "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "norm_topk_prob": True,
+            "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+            "norm_topk_prob": True,
             "shared_expert_intermediate_size": 512,
         },
     ),
@@ -179,7 +183,8 @@ TABLE: Mapping[str, Row] = {
         width_key="intermediate_size",
         renormalized="norm_topk_prob",
         defaults=_sizes(
-            16, 2048, 50304, 4096, num_experts=64, num_experts_per_tok=8, intermediate_size=2048, norm_topk_prob=False
+            16, 2048, 50304, 4096, num_experts=64, num_experts_per_tok=8, intermediate_size=2048,
+            norm_topk_prob=False
         ),
     ),
     "deepseek_v2": Row(
@@ -191,9 +196,9 @@ TABLE: Mapping[str, Row] = {
         shared="shared_experts",
         shared_width=_shared_experts,
         defaults=_sizes(32, 4096, 102400, 2048) | {
-            "n_routed_experts": 64, "num_experts_per_tok": None, "moe_intermediate_size": 1407, "n_shared_experts": 2,
-            "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "topk_method": "greedy", "n_group": None,
-            "topk_group": None,
+            "n_routed_experts": 64, "num_experts_per_tok": None, "moe_intermediate_size": 1407,
+            "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
+            "topk_method": "greedy", "n_group": None, "topk_group": None,
         },
     ),
     "deepseek_v3": Row(
@@ -210,9 +215,9 @@ TABLE: Mapping[str, Row] = {
         shared_width=_shared_experts,
         mtp_keys=("num_nextn_predict_layers", "num_mtp_layers"),
         defaults=_sizes(61, 7168, 129280, 4096) | {
-            "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1,
-            "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4,
-            "norm_topk_prob": True,
+            "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+            "n_shared_experts": 1, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "n_group": 8,
+            "topk_group": 4, "norm_topk_prob": True,
         },
     ),
     "glm4_moe": Row(
@@ -229,9 +234,9 @@ TABLE: Mapping[str, Row] = {
         shared_width=_shared_experts,
         mtp_keys=("num_nextn_predict_layers", "num_mtp_layers"),
         defaults=_sizes(46, 4096, 151552, 131072) | {
-            "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
-            "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
-            "norm_topk_prob": True,
+            "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408,
+            "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "n_group": 1,
+            "topk_group": 1, "norm_topk_prob": True,
         },
     ),
     "phimoe": Row(
@@ -285,20 +290,23 @@ TABLE: Mapping[str, Row] = {
         top_k_keys=("num_experts_per_tok", "moe_k"),
         moe_layers=ernie_layers,
         router_tensors=(_GATE, RouterTensor("moe_statics.e_score_correction_bias",
-                                            "gate.moe_statics.e_score_correction_bias", axis=1, role="correction")),
+                                            "gate.moe_statics.e_score_correction_bias", axis=1,
+                                            role="correction")),
         floor="moe_norm_min",
         floor_is="minimum",
         shared="shared_experts",
         shared_width=lambda c: c["moe_intermediate_size"] * (c["moe_num_shared_experts"] or 0),
         defaults=_sizes(28, 2560, 103424, 131072, tie_word_embeddings=True) | {
             "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2,
-            "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_norm_min": 1e-12,
+            "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+            "moe_norm_min": 1e-12,
         },
     ),
     "minimax_m2": Row(
         disk_block="block_sparse_moe",
         projections=W123,
-        router_tensors=(_GATE, RouterTensor("e_score_correction_bias", "e_score_correction_bias", role="correction")),
+        router_tensors=(_GATE, RouterTensor("e_score_correction_bias", "e_score_correction_bias",
+                                            role="correction")),
         experts_keys=("num_experts", "num_local_experts"),
         width_key="intermediate_size",
         score="sigmoid",
@@ -320,8 +328,8 @@ TABLE: Mapping[str, Row] = {
         scale_key="routed_scaling_factor",
         activation="silu",
         defaults={
-            "num_hidden_layers": 32, "hidden_size": 2048, "vocab_size": 65536, "max_position_embeddings": 128000,
-            "tie_word_embeddings": True,
+            "num_hidden_layers": 32, "hidden_size": 2048, "vocab_size": 65536,
+            "max_position_embeddings": 128000, "tie_word_embeddings": True,
             "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792, "num_dense_layers": 2,
             "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
         },

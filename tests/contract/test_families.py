@@ -129,7 +129,7 @@ def assert_same_routing(got: Any, index_Tk: Tensor, weights_Tk: Tensor) -> None:
     )
 
 
-# -- reading ------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------
 
 
 @families
@@ -193,7 +193,7 @@ def test_linears_name_every_matrix_with_its_role(model_type: str, tiny_model: Ti
     assert all("mlp." in n or "feed_forward." in n for n in of_role.get("dense", ()))
 
 
-# -- writing ------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------
 
 
 @families
@@ -259,8 +259,8 @@ def test_a_pruned_model_equals_the_original_with_dropped_experts_masked(
 ) -> None:
     """Nothing of ours computes here: a bias of -1e9 keeps stock routers away from the dropped experts.
 
-    Exact for independent (sigmoid) scores and for softmax over the chosen. Not for ernie4_5_moe: its bias is added to
-    softmax probabilities, which grow when experts go, so the selection among the kept ones shifts.
+    Exact for independent (sigmoid) scores and for softmax over the chosen. Not for ernie4_5_moe: its bias is
+    added to softmax probabilities, which grow when experts go, so the selection among the kept ones shifts.
     """
     ckpt, family = open_model(tiny_model(model_type))
     pruned = prune(tmp_path / "overlay", ckpt, KEPT)
@@ -305,12 +305,12 @@ def test_in_memory_names_on_disk_prune_alike(model_type: str, tiny_model: TinyMo
     assert torch.equal(logits_of(load(tmp_path / "a")), logits_of(load(tmp_path / "b")))
 
 
-# -- forecasts ----------------------------------------------------------------------------------------------------
+# -- forecasts ---------------------------------------------------------------------------
 
 
 @families
 def test_forecasts_equal_what_really_happens(model_type: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    ckpt, family = open_model(tiny_model(model_type, dtype="bfloat16"))
+    ckpt, _ = open_model(tiny_model(model_type, dtype="bfloat16"))
     sketch = ModelSketch(ckpt.facts, ckpt.config, specs_of(ckpt), planned=4)
 
     pruned = prune(tmp_path / "pruned", ckpt, KEPT)
@@ -354,7 +354,7 @@ def drop_rows(folder: Path, ckpt: Checkpoint, leads: list[int]) -> OverlayCheckp
     return change(folder, ckpt, family.shrink_config(ckpt.config, len(leads)), write)
 
 
-# -- a process that knows nothing of ours -------------------------------------------------------------------------
+# -- a process that knows nothing of ours ------------------------------------------------
 
 _LOADER = """
 import json, sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from moecli.core.artifacts import ExpertWeights
 from moecli.core.errors import MoecliError, SurroundingsError
 from moecli.core.model import ModelSketch
-from moecli.families import accounting, facts_of, family_of, forecast_keep
+from moecli.families import accounting, facts_of, family_of, forecast_alias, forecast_keep
 from moecli.io.overlay import OverlayWriter, fates
 from moecli.io.reader import FolderCheckpoint
 
@@ -45,7 +46,7 @@ def one_problem(ckpt: FolderCheckpoint) -> SurroundingsError:
     return problem
 
 
-# -- accounting ---------------------------------------------------------------------------------------------------
+# -- accounting --------------------------------------------------------------------------
 
 
 def test_a_missing_tensor_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -70,8 +71,8 @@ def test_more_experts_than_the_config_says(tiny_model: TinyModel, tmp_path: Path
     ckpt = altered(tiny_model("olmoe"), tmp_path / "m", unchanged, num_experts=6)
     messages = [problem.message for problem in accounting(ckpt)]
     assert (
-        "`model.layers.0.mlp.experts.6.gate_proj.weight` exists: config.json says 6 experts, the checkpoint has 8"
-        in messages
+        "`model.layers.0.mlp.experts.6.gate_proj.weight` exists: "
+        "config.json says 6 experts, the checkpoint has 8" in messages
     )
 
 
@@ -98,7 +99,7 @@ def test_a_model_without_expert_bias_needs_none(tiny_model: TinyModel, tmp_path:
     assert accounting(ckpt) == []
 
 
-# -- quantized by others ------------------------------------------------------------------------------------------
+# -- quantized by others -----------------------------------------------------------------
 
 
 def to_fp8(tensors: Tensors) -> None:
@@ -150,9 +151,20 @@ def test_quantized_experts_are_refused(
         with pytest.raises(SurroundingsError, match=message) as error:
             read(ckpt, 1)
         assert error.value.hint == "set `model` to a bfloat16 copy of it"
+    with pytest.raises(SurroundingsError, match="experts are quantized") as error:
+        forecast_keep(ModelSketch(ckpt.facts, ckpt.config), 4)
+    assert error.value.hint == "set `model` to a bfloat16 copy of it"
 
 
-# -- multi-token prediction ---------------------------------------------------------------------------------------
+def test_experts_quantized_by_an_earlier_stage_are_refused_in_the_plan(tiny_model: TinyModel) -> None:
+    ckpt = FolderCheckpoint(tiny_model("olmoe"), facts_of)
+    sketch = ModelSketch(replace(ckpt.facts, quantized="compressed-tensors"), ckpt.config)
+    with pytest.raises(SurroundingsError, match=r"experts are quantized \(compressed-tensors\)") as error:
+        forecast_alias(sketch, 4)
+    assert error.value.hint == "move this stage above the `quantize/...` stage"
+
+
+# -- multi-token prediction --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,7 +194,7 @@ def test_mtp_layers_are_recognised_and_dropped(
     assert set(forecast_keep(sketch, 8).specs) == set(out.checkpoint.names())
 
 
-# -- what becomes of each expert ----------------------------------------------------------------------------------
+# -- what becomes of each expert ---------------------------------------------------------
 
 
 def test_every_pruned_tensor_is_accounted_for(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,13 +65,16 @@ def test_of_two_names_for_one_count_ours_wins_where_theirs_does(model_type: str,
 def test_facts_of_a_released_config() -> None:
     config = {
         "model_type": "deepseek_v3", "torch_dtype": "bfloat16", "num_hidden_layers": 61, "hidden_size": 7168,
-        "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
+        "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+        "first_k_dense_replace": 3,
         "moe_intermediate_size": 2048, "n_shared_experts": 1, "norm_topk_prob": True, "vocab_size": 129280,
         "max_position_embeddings": 163840, "quantization_config": {"quant_method": "fp8"},
     }  # fmt: skip
     assert facts_of(config) == ModelFacts(
-        model_type="deepseek_v3", layers=61, moe_layers=tuple(range(3, 61)), experts=256, top_k=8, hidden=7168,
-        expert_width=2048, vocab=129280, dtype="bfloat16", score="sigmoid", renormalized=True, max_positions=163840,
+        model_type="deepseek_v3", layers=61, moe_layers=tuple(range(3, 61)), experts=256, top_k=8,
+        hidden=7168,
+        expert_width=2048, vocab=129280, dtype="bfloat16", score="sigmoid", renormalized=True,
+        max_positions=163840,
         router_rows=256, groups=8, groups_used=4, shared_width=2048, quantized="fp8",
     )  # fmt: skip
 
@@ -134,7 +138,7 @@ def test_facts_need_no_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# -- what a router can live with ----------------------------------------------------------------------------------
+# -- what a router can live with ---------------------------------------------------------
 
 _GROUPED = {
     "model_type": "deepseek_v3",
@@ -148,28 +152,35 @@ _GROUPED = {
 @pytest.mark.parametrize(
     ("config", "keep", "message", "hint"),
     [
-        ({"model_type": "qwen3_moe"}, 160, "`keep` must be at most the model's 128 experts, got 160", "use `keep: 128`"),
+        ({"model_type": "qwen3_moe"}, 160, "`keep` must be at most the model's 128 experts, got 160",
+        "use `keep: 128`"),
         ({"model_type": "qwen3_moe"}, 0, "`keep` must be at least 1, got 0", "use `keep: 8`"),
-        ({"model_type": "qwen3_moe"}, 5, "the router picks 8 experts per token, only 5 would be left", "use `keep: 8`"),
-        ({"model_type": "phimoe"}, 1, "the router picks 2 experts per token, only 1 would be left", "use `keep: 2`"),
-        (_GROUPED, 18, "`keep` must be a multiple of the router's 4 groups (`n_group`), got 18", "use `keep: 16`"),
+        ({"model_type": "qwen3_moe"}, 5, "the router picks 8 experts per token, only 5 would be left",
+        "use `keep: 8`"),
+        ({"model_type": "phimoe"}, 1, "the router picks 2 experts per token, only 1 would be left",
+        "use `keep: 2`"),
+        (_GROUPED, 18, "`keep` must be a multiple of the router's 4 groups (`n_group`), got 18",
+        "use `keep: 16`"),
         (
             _GROUPED | {"num_experts_per_tok": 2}, 4,
             "each of the router's 4 groups needs at least 2 experts, `keep: 4` leaves 1", "use `keep: 8`",
         ),
         (
             _GROUPED, 8,
-            "the router picks 6 experts per token from 2 of 4 groups, `keep: 8` leaves 4 there", "use `keep: 12`",
+            "the router picks 6 experts per token from 2 of 4 groups, `keep: 8` leaves 4 there",
+            "use `keep: 12`",
         ),
-        ({"model_type": "glm4_moe", "num_experts_per_tok": 1}, 1, "each of the router's 1 groups needs at least 2 experts, "
-         "`keep: 1` leaves 1", "use `keep: 2`"),
+        (
+            {"model_type": "glm4_moe", "num_experts_per_tok": 1}, 1,
+            "the router needs at least 2 experts, `keep: 1` leaves 1", "use `keep: 2`",
+        ),
     ],
 )  # fmt: skip
 def test_illegal_counts(config: dict[str, Any], keep: int, message: str, hint: str) -> None:
     problem = keep_problem(facts_of(config), keep)
     assert problem is not None
     assert (problem.option, problem.message, problem.hint) == ("keep", message, hint)
-    with pytest.raises(MoecliError, match="router|keep"):
+    with pytest.raises(MoecliError, match=re.escape(message)):
         family_of(config).shrink_config(config, keep)
 
 
@@ -182,7 +193,7 @@ def test_legal_counts(keep: int) -> None:
     assert keep_problem(facts_of(_GROUPED), keep) is None
 
 
-# -- the config of a smaller model --------------------------------------------------------------------------------
+# -- the config of a smaller model -------------------------------------------------------
 
 
 def test_shrinking_edits_the_name_in_use_and_removes_its_twin() -> None:

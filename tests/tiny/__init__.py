@@ -1,7 +1,8 @@
 """Toy checkpoints: two MoE layers, eight experts, random weights, in the family's own on-disk layout.
 
-Families with dense layers in front get one (so their folder has `layers + 1` layers); hybrid families alternate their
-two kinds of layer. Routers are wide enough that routing is not degenerate, and correction biases are not zero.
+Families with dense layers in front get one (so their folder has `layers + 1` layers); hybrid families
+alternate their two kinds of layer. Routers are wide enough that routing is not degenerate, and correction
+biases are not zero.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ _COMMON: dict[str, Any] = {
 _NARROW = {"intermediate_size": WIDTH}
 _BOTH_WIDTHS = {"intermediate_size": 48, "moe_intermediate_size": WIDTH}
 _LATENT_ATTENTION = {
-    "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": HEAD_DIM, "first_k_dense_replace": 1,
+    "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": HEAD_DIM, "first_k_dense_replace": 1,
 }  # fmt: skip
 _LINEAR_ATTENTION = {
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }  # fmt: skip
 
 # model_type -> (name of the expert count, name of top_k, dense layers in front, further fields)
 _RECIPES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
-    "qwen3_moe": ("num_experts", "num_experts_per_tok", 0, _BOTH_WIDTHS | {"head_dim": HEAD_DIM, "norm_topk_prob": True}),
-    "qwen2_moe": ("num_experts", "num_experts_per_tok", 0, _BOTH_WIDTHS | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("num_experts", "num_experts_per_tok", 0, _BOTH_WIDTHS | {
+        "head_dim": HEAD_DIM, "norm_topk_prob": True,
+    }),
+    "qwen2_moe": ("num_experts", "num_experts_per_tok", 0, _BOTH_WIDTHS | {
+        "shared_expert_intermediate_size": 40,
+    }),
     "mixtral": ("num_local_experts", "num_experts_per_tok", 0, _NARROW),
     "olmoe": ("num_experts", "num_experts_per_tok", 0, _NARROW),
     "deepseek_v2": ("n_routed_experts", "num_experts_per_tok", 1, _BOTH_WIDTHS | _LATENT_ATTENTION | {
@@ -41,10 +47,12 @@ _RECIPES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
         "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 0,
     }),
     "glm4_moe": ("n_routed_experts", "num_experts_per_tok", 1, _BOTH_WIDTHS | {
-        "head_dim": HEAD_DIM, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 0, "use_qk_norm": True, "routed_scaling_factor": 1.5,
+        "head_dim": HEAD_DIM, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "use_qk_norm": True,
+        "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "routed_scaling_factor": 1.5,
     }),
-    "phimoe": ("num_local_experts", "num_experts_per_tok", 0, _NARROW | {"attention_bias": True, "lm_head_bias": True}),
+    "phimoe": ("num_local_experts", "num_experts_per_tok", 0, _NARROW | {
+        "attention_bias": True, "lm_head_bias": True,
+    }),
     "gpt_oss": ("num_local_experts", "num_experts_per_tok", 0, _NARROW | {
         "head_dim": HEAD_DIM, "sliding_window": 16,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0,
@@ -82,7 +90,7 @@ def make(
 ) -> Path:
     """Write a toy model with a tokenizer to `folder` and return it. `layers` counts MoE layers.
 
-    `shards` > 1 splits the weights into at least that many files. Other keywords overrule fields of the config.
+    `shards` > 1 splits the weights into at least that many files. Other keywords overrule the config.
     """
     folder = Path(folder)
     model = build(model_type, layers=layers, experts=experts, seed=seed, dtype=dtype, top_k=top_k, **fields)
@@ -93,8 +101,8 @@ def make(
 
 
 def build(
-    model_type: str, *, layers: int = 2, experts: int = 8, seed: int = 0, dtype: str = "float32", top_k: int = 2,
-    **fields: Any,
+    model_type: str, *, layers: int = 2, experts: int = 8, seed: int = 0, dtype: str = "float32",
+    top_k: int = 2, **fields: Any,
 ) -> Any:  # fmt: skip
     """The model that `make` writes, in memory and in eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -105,7 +113,9 @@ def build(
     if model_type in _KINDS:
         values["layer_types"] = [_KINDS[model_type][i % 2] for i in range(layers)]
     config = AutoConfig.for_model(model_type, **(values | fields))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # vectors keep their start value (sinks, dt_bias), which some families draw
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _randomize(model, seed)
     return _cast(model, getattr(torch, dtype))
 
