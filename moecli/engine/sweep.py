@@ -73,6 +73,7 @@ class Sweep:
         dtype: torch.dtype | None,
         track: Track,
     ) -> None:
+        checkpoint = adapter.dense(checkpoint)
         self._checkpoint, self._batches, self._device, self._track = checkpoint, batches, device, track
         self._model = _quiet_routers(adapter.empty_model(checkpoint.config, dtype))
         self._names = adapter.tensor_map(self._model, checkpoint)

@@ -27,6 +27,7 @@ from moecli.core.artifacts import Checkpoint
 from moecli.core.errors import SurroundingsError
 from moecli.families.alias import make_alias
 from moecli.families.family import ALIAS_KEY, FAMILIES, family_of
+from moecli.io.formats import DenseView
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -122,7 +123,7 @@ def _is_fused(experts: nn.Module) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """On-disk names grouped by where their values go; what a stock load ignores, such as MTP, is in no group."""
+    """On-disk names grouped by where their values go; what a stock load ignores (MTP) is in no group."""
 
     prefix: str
     """Path of the decoder layers in the model, such as `model.layers`."""
@@ -195,8 +196,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The whole model, from any Checkpoint, bit-equal to `from_pretrained` on the same tensors.
 
-    SurroundingsError names what is missing, unexpected, of another shape, or failed to convert.
+    Packed weights are dequantized. SurroundingsError names what is missing, unexpected, of another shape, or
+    failed to convert.
     """
+    checkpoint = dense(checkpoint)
     model = empty_model(checkpoint.config, dtype)
     names = tensor_map(model, checkpoint)
     wanted = [*names.outside, *(name for layer in names.layers.values() for name in layer)]
@@ -206,6 +209,12 @@ def load_model(
     _move_buffers(model, device)
     _load_generation_config(model, checkpoint)
     return model
+
+
+def dense(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with packed linears read as ordinary weights; one without any is returned as it is."""
+    packed = any(name.endswith(".weight_packed") for name in checkpoint.names())
+    return DenseView(checkpoint) if packed else checkpoint
 
 
 def load_layer(
