@@ -33,6 +33,10 @@ class Context(Protocol):
         """Iterate with progress and ETA."""
         ...
 
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Progress of work that is no loop of ours; `done` of `total`."""
+        ...
+
     def note(self, text: str) -> None:
         """A line in the report: a decision taken for the user, a fallback, an approximation."""
         ...

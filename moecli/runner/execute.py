@@ -55,6 +55,8 @@ class StageContext:
     records: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._task: tuple[str, int] | None = None
+        self._started = 0.0
         self.rng = torch.Generator().manual_seed(int(self.step.key[:15], 16))
 
     def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
@@ -64,11 +66,17 @@ class StageContext:
         return self.folder.has_part(name)
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
-        started = time.monotonic()
         for done, item in enumerate(items):
-            self._progress(label, done, len(items), started)
+            self.progress(label, done, len(items))
             yield item
-        self._progress(label, len(items), len(items), started)
+        self.progress(label, len(items), len(items))
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if self._task != (label, total) or done == 0:
+            self._task, self._started = (label, total), time.monotonic()
+        elapsed = time.monotonic() - self._started
+        eta = elapsed / done * (total - done) if done else None
+        self.emit({"event": "progress", "stage": self.step.label, "label": label, "done": done, "total": total, "eta_s": eta})
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -79,11 +87,6 @@ class StageContext:
 
     def writer(self, parent: Checkpoint, config: Mapping[str, Any] | None = None) -> CheckpointWriter:
         return OverlayWriter(self.folder.work, parent, config)
-
-    def _progress(self, label: str, done: int, total: int, started: float) -> None:
-        elapsed = time.monotonic() - started
-        eta = elapsed / done * (total - done) if done else None
-        self.emit({"event": "progress", "stage": self.step.label, "label": label, "done": done, "total": total, "eta_s": eta})
 
 
 class Execution:

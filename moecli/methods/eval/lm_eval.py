@@ -12,8 +12,10 @@ Source: EleutherAI lm-evaluation-harness.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -46,6 +48,13 @@ class LmEval(Options):
 
 @stage("eval/lm-eval", version=1, on_source_too=True)
 def lm_eval(opt: LmEval, model: Checkpoint, ctx: Context) -> Evaluation:
+    with _reporting_to(ctx):
+        results, settings = _evaluate(opt, model, ctx)
+    return Evaluation(tuple(metrics(results)), settings, _files(results))
+
+
+def _evaluate(opt: LmEval, model: Checkpoint, ctx: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """lm-eval's result and the settings that must agree between runs that are compared."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -63,7 +72,7 @@ def lm_eval(opt: LmEval, model: Checkpoint, ctx: Context) -> Evaluation:
         raise StageFailed("lm-eval returned no results")
     settings = {"tasks": list(opt.tasks), "limit": opt.limit, "num_fewshot": opt.num_fewshot, "max_length": max_length,
                 "dtype": model.facts.dtype, "batch_size": opt.batch_size}  # fmt: skip
-    return Evaluation(tuple(metrics(results)), settings, _files(results))
+    return results, settings
 
 
 def metrics(results: Mapping[str, Any]) -> list[Metric]:
@@ -88,6 +97,59 @@ def metrics(results: Mapping[str, Any]) -> list[Metric]:
     return found
 
 
+@contextmanager
+def _reporting_to(ctx: Context) -> Iterator[None]:
+    """lm-eval and `datasets` draw bars and log notices on stderr; while they run, the bars become our progress."""
+    from unittest.mock import patch
+
+    import datasets
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    class Bar(_Bar):
+        progress = ctx.progress
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    with ExitStack() as undo:
+        for module in (huggingface, model, task):
+            if hasattr(module, "tqdm"):
+                undo.enter_context(patch.object(module, "tqdm", Bar))
+        for name in ("lm_eval", "datasets"):
+            log = logging.getLogger(name)
+            undo.callback(log.setLevel, log.level)
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            if shown:
+                datasets.enable_progress_bars()
+
+
+class _Bar:
+    """What lm-eval uses of tqdm."""
+
+    progress: Callable[[str, int, int], None]
+
+    def __init__(self, iterable: Iterable[Any] = (), total: int | None = None, desc: str = "", **_: Any) -> None:
+        self.items = list(iterable)
+        self.total, self.done = total if total is not None else len(self.items), 0
+        self.label = (desc or "preparing").removeprefix("Running ")
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if self.total:
+            type(self).progress(self.label, self.done, self.total)
+
+    def close(self) -> None:
+        pass
+
+
 def _tasks(opt: LmEval) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -109,9 +171,9 @@ def _tasks(opt: LmEval) -> Any:
 
 
 def _demo_tasks() -> str:
-    from moecli.io.sources import demo_folder
+    from moecli.io.sources import resolve
 
-    return str(demo_folder() / "tasks")
+    return str(resolve("demo").folder.parent / "tasks")
 
 
 def _files(results: Mapping[str, Any]) -> dict[str, str]:

@@ -85,6 +85,11 @@ def _targets(config: dict, specs: dict[str, TensorSpec]) -> list[Linear]:
 
 
 def _check(opt: Rtn, name: str, spec: TensorSpec) -> None:
+    if len(spec.shape) != 2:
+        raise MoecliError(
+            f"`{name}` holds all experts of a layer in one tensor, which `pack-quantized` has no form for",
+            hint="prune or merge this family without `quantize/rtn`",
+        )
     if spec.shape[-1] % opt.group_size:
         raise MoecliError(
             f"`group_size` {opt.group_size} does not divide the input width {spec.shape[-1]} of `{name}`",
