@@ -76,7 +76,10 @@ def main() -> None:
         equal = model_digest(run_dir) == expected
         same += equal
         state = "killed" if killed else "finished before"
-        print(f"{trial + 1:3d}: {state} at {moment:6.1f} s, rerun {rerun:6.1f} s, {'same' if equal else 'DIFFERENT'}", flush=True)
+        print(
+            f"{trial + 1:3d}: {state} at {moment:6.1f} s, rerun {rerun:6.1f} s, {'same' if equal else 'DIFFERENT'}",
+            flush=True,
+        )
         shutil.rmtree(run_dir)
     shutil.rmtree(base)
     print(f"{same} of {args.kills} identical by sha256")

@@ -86,7 +86,10 @@ def main() -> None:
             label = "base" if side == "before" else name
             size = report["size"][side]["bytes"] / 2**20
             wall = "" if side == "before" else f"{report['wall_s']:.0f}"
-            print(f"| {label} | {size:.1f} | {cell(report, 'bits_per_byte', side)} | {cell(report, 'acc', side)} | {wall} |", flush=True)
+            print(
+                f"| {label} | {size:.1f} | {cell(report, 'bits_per_byte', side)} | {cell(report, 'acc', side)} | {wall} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

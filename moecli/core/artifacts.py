@@ -173,7 +173,7 @@ class CalibrationStats(_PerLayer[LayerStats], Artifact):
         """Data set, samples, tokens, seed and dtype, for the report and the model card."""
 
     def pack(self) -> Packed:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, stats in self.items():
             tensors |= {f"{layer}.count": stats.count_E, f"{layer}.gate_sum": stats.gate_sum_E}
             tensors |= {f"{layer}.extra.{name}": value for name, value in stats.extra.items()}
@@ -233,9 +233,13 @@ class ExpertPlan(_PerLayer[LayerPlan], Artifact):
     """{layer index: LayerPlan}"""
 
     def pack(self) -> Packed:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, plan in self.items():
-            tensors |= {f"{layer}.group": plan.group_E, f"{layer}.share": plan.share_E, f"{layer}.lead": plan.lead_K}
+            tensors |= {
+                f"{layer}.group": plan.group_E,
+                f"{layer}.share": plan.share_E,
+                f"{layer}.lead": plan.lead_K,
+            }
             tensors |= {f"{layer}.extra.{name}": value for name, value in plan.extra.items()}
         return Packed(tensors, {"layers": list(self)})
 
@@ -274,9 +278,7 @@ class Evaluation(Artifact):
     """File name -> text, stored untouched beside the report (lm-eval's own results)."""
 
     def pack(self) -> Packed:
-        metrics = [
-            {name: getattr(metric, name) for name in Metric.__dataclass_fields__} for metric in self.metrics
-        ]
+        metrics = [{name: getattr(metric, name) for name in Metric.__dataclass_fields__} for metric in self.metrics]
         return Packed({}, {"metrics": metrics, "settings": dict(self.settings), "files": dict(self.files)})
 
     @classmethod

@@ -76,7 +76,16 @@ class StageContext:
             self._task, self._started = (label, total), time.monotonic()
         elapsed = time.monotonic() - self._started
         eta = elapsed / done * (total - done) if done else None
-        self.emit({"event": "progress", "stage": self.step.label, "label": label, "done": done, "total": total, "eta_s": eta})
+        self.emit(
+            {
+                "event": "progress",
+                "stage": self.step.label,
+                "label": label,
+                "done": done,
+                "total": total,
+                "eta_s": eta,
+            }
+        )
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -92,7 +101,9 @@ class StageContext:
 class Execution:
     """One run of a plan in one folder."""
 
-    def __init__(self, opened: OpenedRecipe, run: RunFolder, device: torch.device, listener: Listener | None = None) -> None:
+    def __init__(
+        self, opened: OpenedRecipe, run: RunFolder, device: torch.device, listener: Listener | None = None
+    ) -> None:
         self.plan, self.source, self.origin = opened.plan, opened.source, opened.origin
         self.run, self.device = run, device
         self._listener = listener
@@ -303,4 +314,7 @@ def _peaks(device: torch.device) -> dict[str, int | None]:
     """Peak memory: of the process so far on the CPU, of this stage on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"peak_cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_gpu_bytes": gpu}
+    return {
+        "peak_cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_gpu_bytes": gpu,
+    }

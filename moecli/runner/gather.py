@@ -31,7 +31,12 @@ from moecli.runner.report import (
     metric_rows,
 )
 
-_PARTS: Mapping[str, Part] = {"expert": "experts", "attention": "attention", "router": "router", "shared": "shared"}
+_PARTS: Mapping[str, Part] = {
+    "expert": "experts",
+    "attention": "attention",
+    "router": "router",
+    "shared": "shared",
+}
 
 
 def gather(execution: Execution) -> Report:
@@ -45,11 +50,14 @@ def gather(execution: Execution) -> Report:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         recipe=resolved_yaml(plan.recipe, plan.options),
         source=SourceRecord(name=origin.name, kind=origin.kind, revision=origin.revision, digest=origin.digest),
-        environment=Environment(python=env["python"], torch=env["torch"], transformers=env["transformers"], device=env["device"]),
+        environment=Environment(
+            python=env["python"], torch=env["torch"], transformers=env["transformers"], device=env["device"]
+        ),
         stages=tuple(_stage(outcome) for outcome in execution.outcomes.values()),
         export=execution.exported.get("kind"),
         size=SizeRecord(
-            before=size_of(execution.source), after=size_of(execution.checkpoint(final)) if final != SOURCE else None
+            before=size_of(execution.source),
+            after=size_of(execution.checkpoint(final)) if final != SOURCE else None,
         ),
         metrics=tuple(_metrics(execution)),
         calibration=_calibration(execution),

@@ -97,10 +97,10 @@ def make_plan(recipe: Recipe, source: ModelSketch, source_key: str) -> Plan:
         if not problems:
             step, more = _forecast(recipe, step)
             problems += more
-        if stage.on_source_too and (original := _on_source(step, source, source_key, steps, recipe.seed)):
-            if original.key not in keys:
-                keys[original.key] = len(steps)
-                steps.append(original)
+        original = _on_source(step, source, source_key, steps, recipe.seed) if stage.on_source_too else None
+        if original is not None and original.key not in keys:
+            keys[original.key] = len(steps)
+            steps.append(original)
         index_of[position] = len(steps)
         keys[step.key] = len(steps)
         steps.append(step)
@@ -145,7 +145,11 @@ def _missing(recipe: Recipe, position: int, entry: StageEntry, wanted: Input) ->
     place = recipe.located.place(f"stages.{position}.run")
     kinds = sorted({name.partition("/")[0] for name in lookup.names() if _makes(name, wanted.type)})
     line = f" above line {place.line}" if place else ""
-    return Diagnostic(f"`{entry.run}` needs {wanted.type.__name__}", place, f"add a `{' or '.join(kinds)}/...` stage{line}" if kinds else None)
+    return Diagnostic(
+        f"`{entry.run}` needs {wanted.type.__name__}",
+        place,
+        f"add a `{' or '.join(kinds)}/...` stage{line}" if kinds else None,
+    )
 
 
 def _makes(name: str, kind: type[Artifact]) -> bool:
@@ -153,24 +157,40 @@ def _makes(name: str, kind: type[Artifact]) -> bool:
 
 
 def _use_problems(
-    recipe: Recipe, position: int, entry: StageEntry, stage: Stage, ids: Mapping[str, int], stages: Sequence[Stage]
+    recipe: Recipe,
+    position: int,
+    entry: StageEntry,
+    stage: Stage,
+    ids: Mapping[str, int],
+    stages: Sequence[Stage],
 ) -> Iterator[Diagnostic]:
     for name, target in entry.use.items():
         path = f"stages.{position}.use.{name}"
         if name not in stage.inputs:
             known = ", ".join(f"`{n}`" for n in stage.inputs) or "nothing"
-            yield Diagnostic(f"`{stage.name}` has no input `{name}`", recipe.located.place(path, key=True), f"it takes {known}")
+            yield Diagnostic(
+                f"`{stage.name}` has no input `{name}`",
+                recipe.located.place(path, key=True),
+                f"it takes {known}",
+            )
         elif target != "source" and target not in ids:
             known = ", ".join(f"`{n}`" for n in [*ids, "source"])
-            yield Diagnostic(f"no earlier stage has the id `{target}`", recipe.located.place(path), f"known here: {known}")
+            yield Diagnostic(
+                f"no earlier stage has the id `{target}`", recipe.located.place(path), f"known here: {known}"
+            )
         else:
             made = Checkpoint if target == "source" else stages[ids[target]].output
             if not issubclass(made, stage.inputs[name].type):
                 wanted = stage.inputs[name].type.__name__
-                yield Diagnostic(f"`{target}` makes {made.__name__}, but `{name}` must be {wanted}", recipe.located.place(path))
+                yield Diagnostic(
+                    f"`{target}` makes {made.__name__}, but `{name}` must be {wanted}",
+                    recipe.located.place(path),
+                )
 
 
-def _resolve_options(options: Sequence[Options], stages: Sequence[Stage], wiring: Sequence[Mapping[str, int]]) -> list[Options]:
+def _resolve_options(
+    options: Sequence[Options], stages: Sequence[Stage], wiring: Sequence[Mapping[str, int]]
+) -> list[Options]:
     """Tell each stage what the stages that read its artifact need."""
     needs: list[set[str]] = [set() for _ in stages]
     for stage, opt, wired in zip(stages, options, wiring, strict=True):
@@ -185,8 +205,24 @@ def _step(
     steps: Sequence[Step], source: ModelSketch, source_key: str, seed: int, baseline: bool = False,
 ) -> Step:  # fmt: skip
     keys = {name: source_key if i == SOURCE else steps[i].key for name, i in inputs.items()}
-    identity = {"stage": stage.name, "version": stage.version, "options": option_identity(options), "inputs": keys, "seed": seed}
-    return Step(position, label, stage, options, dict(inputs), key_of(identity), identity, baseline, _sketch_before(inputs, steps, source))
+    identity = {
+        "stage": stage.name,
+        "version": stage.version,
+        "options": option_identity(options),
+        "inputs": keys,
+        "seed": seed,
+    }
+    return Step(
+        position,
+        label,
+        stage,
+        options,
+        dict(inputs),
+        key_of(identity),
+        identity,
+        baseline,
+        _sketch_before(inputs, steps, source),
+    )
 
 
 def _sketch_before(inputs: Mapping[str, int], steps: Sequence[Step], source: ModelSketch) -> ModelSketch:
@@ -200,10 +236,23 @@ def _sketch_before(inputs: Mapping[str, int], steps: Sequence[Step], source: Mod
 
 def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence[Step], seed: int) -> Step | None:
     """The same evaluation on the source model, unless that is what it evaluates already."""
-    inputs = {name: SOURCE if issubclass(step.stage.inputs[name].type, Checkpoint) else i for name, i in step.inputs.items()}
+    inputs = {
+        name: SOURCE if issubclass(step.stage.inputs[name].type, Checkpoint) else i for name, i in step.inputs.items()
+    }
     if inputs == step.inputs:
         return None
-    return _step(step.position, f"{step.label} (source)", step.stage, step.options, inputs, steps, source, source_key, seed, True)
+    return _step(
+        step.position,
+        f"{step.label} (source)",
+        step.stage,
+        step.options,
+        inputs,
+        steps,
+        source,
+        source_key,
+        seed,
+        True,
+    )
 
 
 def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step], source: ModelSketch) -> Iterator[Diagnostic]:

@@ -104,9 +104,11 @@ def test_a_stage_is_deterministic_and_documented(name, material, tiny_model, tmp
     path = write_recipe(tmp_path, tiny_model("qwen3_moe"), ways_to(name, material))
     first = digest_of(execute(path, tmp_path / "a")[1])
     second = digest_of(execute(path, tmp_path / "b")[1])
-    volatile = {f for f in first if "results" in f or f == "artifact.json" and name == "eval/lm-eval"}
+    volatile = {f for f in first if "results" in f or (f == "artifact.json" and name == "eval/lm-eval")}
     assert first.keys() == second.keys()
-    assert {f: d for f, d in first.items() if f not in volatile} == {f: d for f, d in second.items() if f not in volatile}
+    assert {f: d for f, d in first.items() if f not in volatile} == {
+        f: d for f, d in second.items() if f not in volatile
+    }
     text = lookup.docstring(name)
     assert f"run: {name}" in text, "the module docstring ends with a recipe"
     assert lookup.summary(name).endswith(".")

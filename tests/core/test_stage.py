@@ -73,7 +73,12 @@ def test_artifacts_survive_packing():
     assert (list(back), back[5].tokens, back.source) == ([5], 7, {"dataset": "demo"})
     assert torch.equal(back[5]["y_mean"], torch.ones(2, 3))
 
-    plan = LayerPlan(torch.tensor([0, 0, 1]), torch.tensor([0.25, 0.75, 1]), torch.tensor([1, 2]), {"linkage": torch.eye(2)})
+    plan = LayerPlan(
+        torch.tensor([0, 0, 1]),
+        torch.tensor([0.25, 0.75, 1]),
+        torch.tensor([1, 2]),
+        {"linkage": torch.eye(2)},
+    )
     again = round_trip(ExpertPlan({3: plan}))[3]
     assert again.group_E.tolist() == [0, 0, 1]
     assert torch.equal(again.extra["linkage"], torch.eye(2))

@@ -80,6 +80,7 @@ def statistics(opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationS
 
 def _observe(layer: SweptLayer, names: list[str], ctx: Context) -> LayerStats:
     """The layer's statistics; a part that is already there saves the collection, not the forward pass."""
+
     def make() -> CalibrationStats:
         return CalibrationStats({layer.index: layer.observe(collectors(names))})
 
@@ -91,4 +92,6 @@ def _report_coverage(stats: CalibrationStats, ctx: Context) -> None:
     ctx.record("load", {str(layer): s.count_E.tolist() for layer, s in stats.items()})
     if total := sum(starved.values()):
         experts = sum(len(s.count_E) for s in stats.values())
-        ctx.note(f"{total} of {experts} experts saw no calibration token (by layer: {' '.join(map(str, starved.values()))})")
+        ctx.note(
+            f"{total} of {experts} experts saw no calibration token (by layer: {' '.join(map(str, starved.values()))})"
+        )

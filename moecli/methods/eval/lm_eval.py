@@ -82,7 +82,9 @@ def metrics(results: Mapping[str, Any]) -> list[Metric]:
     """
     found = []
     for task, row in sorted(results["results"].items()):
-        samples = results["n-samples"].get(task, {}).get("effective") or row.get("sample_count") or row.get("sample_len") or 0
+        samples = (
+            results["n-samples"].get(task, {}).get("effective") or row.get("sample_count") or row.get("sample_len") or 0
+        )
         if isinstance(samples, Mapping):
             samples = next(iter(samples.values()))
         for key, value in row.items():

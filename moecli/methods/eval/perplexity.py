@@ -65,7 +65,7 @@ def perplexity(opt: Perplexity, model: Checkpoint, ctx: Context) -> Evaluation:
     sums = list(_scores(loaded, flat + blocks, opt.batch_size, ctx))
     document_sums, block_sums = _by_document(sums[: len(flat)], rolling), sums[len(flat) :]
     settings = {"dataset": opt.dataset, "window": length, "documents": len(texts), "dtype": model.facts.dtype}
-    return Evaluation(tuple(_rolling(texts, document_sums)) + (_windowed(block_sums, length),), settings)
+    return Evaluation((*_rolling(texts, document_sums), _windowed(block_sums, length)), settings)
 
 
 def _rolling(texts: list[str], sums: list[float]) -> Iterator[Metric]:
@@ -73,13 +73,27 @@ def _rolling(texts: list[str], sums: list[float]) -> Iterator[Metric]:
     nats, nats_error = ratio([-s for s in sums], [len(t.split()) for t in texts])
     word = math.exp(nats)
     yield Metric("perplexity", "bits_per_byte (rolling)", bits, bits_error, len(texts), False)
-    yield Metric("perplexity", "byte_perplexity (rolling)", 2**bits, _scaled(bits_error, math.log(2) * 2**bits), len(texts), False)
+    yield Metric(
+        "perplexity",
+        "byte_perplexity (rolling)",
+        2**bits,
+        _scaled(bits_error, math.log(2) * 2**bits),
+        len(texts),
+        False,
+    )
     yield Metric("perplexity", "word_perplexity (rolling)", word, _scaled(nats_error, word), len(texts), False)
 
 
 def _windowed(sums: list[float], length: int) -> Metric:
     nats, error = ratio([-s for s in sums], [length - 1] * len(sums))
-    return Metric("perplexity", f"perplexity (windowed {length})", math.exp(nats), _scaled(error, math.exp(nats)), len(sums), False)
+    return Metric(
+        "perplexity",
+        f"perplexity (windowed {length})",
+        math.exp(nats),
+        _scaled(error, math.exp(nats)),
+        len(sums),
+        False,
+    )
 
 
 def _scaled(error: float | None, slope: float) -> float | None:
@@ -87,7 +101,9 @@ def _scaled(error: float | None, slope: float) -> float | None:
 
 
 @torch.inference_mode()
-def _scores(model: torch.nn.Module, windows: list[tuple[list[int], list[int]]], batch_size: int, ctx: Context) -> Iterator[float]:
+def _scores(
+    model: torch.nn.Module, windows: list[tuple[list[int], list[int]]], batch_size: int, ctx: Context
+) -> Iterator[float]:
     """Sum of target log-probabilities of each window, right-padded in batches of similar length."""
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))
     sums = [0.0] * len(windows)
@@ -101,7 +117,10 @@ def _scores(model: torch.nn.Module, windows: list[tuple[list[int], list[int]]], 
             ids[row, : len(inputs)] = torch.tensor(inputs)
             mask[row, : len(inputs)] = 1
         logits = model(input_ids=ids.to(ctx.device), attention_mask=mask.to(ctx.device), use_cache=False).logits
-        totals = [target_logprobs(logits[row, : len(windows[i][0])], windows[i][1]).double().sum() for row, i in enumerate(chunk)]
+        totals = [
+            target_logprobs(logits[row, : len(windows[i][0])], windows[i][1]).double().sum()
+            for row, i in enumerate(chunk)
+        ]
         for index, total in zip(chunk, torch.stack(totals).tolist(), strict=True):
             sums[index] = total
     yield from sums

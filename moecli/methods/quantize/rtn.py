@@ -40,7 +40,11 @@ class Rtn(Options):
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if model.quantized:
             yield Problem("", f"the model is quantized already ({model.quantized})", hint="start from its bf16 version")
-        widths = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
+        widths = {
+            "model width": model.hidden,
+            "expert width": model.expert_width,
+            "shared width": model.shared_width,
+        }
         for name, width in widths.items():
             if width % self.group_size:
                 fits = [g for g in (128, 64, 32, 16) if all(w % g == 0 for w in widths.values())]
@@ -63,7 +67,9 @@ class Rtn(Options):
 def rtn(opt: Rtn, model: Checkpoint, ctx: Context) -> Checkpoint:
     specs = {name: model.spec(name) for name in model.names()}
     targets = _targets(model.config, specs)
-    ignored = [linear.name.removesuffix(".weight") for linear in linears_of(model.config, specs) if linear not in targets]
+    ignored = [
+        linear.name.removesuffix(".weight") for linear in linears_of(model.config, specs) if linear not in targets
+    ]
     config = dict(model.config) | {"quantization_config": quantization_config(opt.bits, opt.group_size, ignore=ignored)}
     with ctx.writer(model, config=config) as out:
         for layer in ctx.track(sorted({linear.layer for linear in targets}), "rounding"):

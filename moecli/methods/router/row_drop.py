@@ -37,8 +37,11 @@ class RowDrop(Options):
                 hint="leave `router/row-drop` out: the merged model keeps all rows and its groups",
             )
         elif model.experts < model.top_k:
-            yield Problem("", f"the router picks {model.top_k} experts per token, only {model.experts} are left",
-                          hint=f"cluster with `keep: {model.top_k}` or more")
+            yield Problem(
+                "",
+                f"the router picks {model.top_k} experts per token, only {model.experts} are left",
+                hint=f"cluster with `keep: {model.top_k}` or more",
+            )
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
         return forecast_row_drop(model)
