@@ -29,18 +29,12 @@ app = typer.Typer(
 )  # fmt: skip
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
-Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.", show_default=False)
-]
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or `demo`.", show_default=False)
-]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or `demo`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Change one value, such as stages.1.with.keep=48. Repeatable."
-    ),
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one value, such as stages.1.with.keep=48. Repeatable."),
 ]
 RunDir = Annotated[
     str | None,
@@ -73,9 +67,7 @@ def run(
     run_dir: RunDir = None,
     set_: Sets = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    redo: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="Forget what this stage made, first.")
-    ] = None,
+    redo: Annotated[str | None, typer.Option(metavar="STAGE", help="Forget what this stage made, first.")] = None,
     device: Device = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -115,9 +107,7 @@ def check(recipe: Recipe, set_: Sets = None, json_: Json = False) -> None:
 
 @app.command()
 def status(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run folder, or the recipe of one.", show_default=False)
-    ],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the recipe of one.", show_default=False)],
     run_dir: RunDir = None,
     set_: Sets = None,
     json_: Json = False,
@@ -225,9 +215,7 @@ def verify(
 def evaluate(
     model: Model,
     tasks: Annotated[str, typer.Option(metavar="A,B", help="lm-eval tasks, separated by commas.")],
-    include: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")
-    ] = None,
+    include: Annotated[str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First documents of each task only.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
@@ -268,9 +256,7 @@ def report(run: Run, json_: Json = False) -> None:
 
 @app.command()
 def init(
-    file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="Where to write it.", show_default=False)
-    ] = None,
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="Where to write it.", show_default=False)] = None,
     from_: Annotated[str, typer.Option("--from", metavar="NAME", help="Which one to start from.")] = "demo",
     json_: Json = False,
 ) -> None:
@@ -280,9 +266,7 @@ def init(
 
     if from_ not in STARTERS:
         known = ", ".join(f"`{name}`" for name in STARTERS)
-        raise UsageError(
-            f"no recipe named `{from_}`", hint=did_you_mean(near(from_, STARTERS), f"there are {known}")
-        )
+        raise UsageError(f"no recipe named `{from_}`", hint=did_you_mean(near(from_, STARTERS), f"there are {known}"))
     text = STARTERS[from_]
     if file is not None:
         try:
@@ -335,9 +319,7 @@ def _device(asked: str | None) -> tuple[str, str]:
 
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise SurroundingsError(
-            "there is no CUDA device", hint="`--device cpu`, or `moecli doctor` for what is there"
-        )
+        raise SurroundingsError("there is no CUDA device", hint="`--device cpu`, or `moecli doctor` for what is there")
     if asked != "cpu" and has_gpu:
         return "cuda", torch.cuda.get_device_name()
     return "cpu", "as asked" if asked else "no CUDA device"

@@ -67,11 +67,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "missing", f"`pip install {name.replace('_', '-')}`")
     for name, without in OPTIONAL.items():
         there = importlib.util.find_spec(name) is not None
-        yield (
-            Finding(name, "ok", _version(name))
-            if there
-            else Finding(name, "note", f"not installed: {without}")
-        )
+        yield (Finding(name, "ok", _version(name)) if there else Finding(name, "note", f"not installed: {without}"))
 
 
 def _version(name: str) -> str:
@@ -88,15 +84,11 @@ def _devices() -> Iterator[Finding]:
         yield Finding("device", "missing", f"torch cannot be imported: {error}")
         return
     if not torch.cuda.is_available():
-        yield Finding(
-            "device", "note", f"no CUDA device, runs use the CPU ({torch.get_num_threads()} threads)"
-        )
+        yield Finding("device", "note", f"no CUDA device, runs use the CPU ({torch.get_num_threads()} threads)")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        yield Finding(
-            f"cuda:{index}", "ok", f"{name}, {_gib(free)} free of {_gib(total)}, CUDA {torch.version.cuda}"
-        )
+        yield Finding(f"cuda:{index}", "ok", f"{name}, {_gib(free)} free of {_gib(total)}, CUDA {torch.version.cuda}")
 
 
 def _memory() -> Finding:
@@ -117,9 +109,7 @@ def _disk() -> Finding:
 
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return Finding(
-            "hub", "note", "offline, because HF_HUB_OFFLINE is set: models must be local or in the cache"
-        )
+        return Finding("hub", "note", "offline, because HF_HUB_OFFLINE is set: models must be local or in the cache")
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         request = urllib.request.Request(address, method="HEAD")
@@ -129,9 +119,7 @@ def _hub() -> Finding:
         return Finding("hub", "ok", f"{address} (answers {error.code})")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return Finding(
-            "hub", "note", f"{address} cannot be reached ({reason}): models must be local or in the cache"
-        )
+        return Finding("hub", "note", f"{address} cannot be reached ({reason}): models must be local or in the cache")
 
 
 def _gib(size_bytes: int) -> str:

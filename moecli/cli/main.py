@@ -76,7 +76,7 @@ def _invoke(argv: Sequence[str]) -> int:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except _CLICK as error:
-        raise usage_error(error) from None
+        raise usage_error(error, argv) from None
     return int(ExitCode.DONE)
 
 
@@ -84,7 +84,7 @@ _CLICK = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "C
 """Typer's root of usage errors, wherever this version of typer keeps it."""
 
 
-def usage_error(error: BaseException) -> UsageError:
+def usage_error(error: BaseException, argv: Sequence[str]) -> UsageError:
     """What typer found wrong with the command line, in our words."""
     from moecli.recipe.near import did_you_mean, near
 
@@ -96,9 +96,7 @@ def usage_error(error: BaseException) -> UsageError:
     if kind == "NoSuchOption":
         option = error.option_name  # type: ignore[attr-defined]
         known = [name for p in context.command.params for name in p.opts] if context is not None else []
-        return UsageError(
-            f"unknown option `{option}` of `{path}`", hint=did_you_mean(near(option, known), helps)
-        )
+        return UsageError(f"unknown option `{option}` of `{path}`", hint=did_you_mean(near(option, known), helps))
     if kind == "MissingParameter":
         name = _parameter_name(error)
         return UsageError(f"`{path}` needs {name}", hint=helps)
@@ -106,10 +104,15 @@ def usage_error(error: BaseException) -> UsageError:
         known = list(context.command.commands) if context is not None else []
         hint = did_you_mean(near(match[1], known), "`moecli --help` lists the commands")
         return UsageError(f"unknown command `{match[1]}`", hint=hint)
-    if match := re.match(r"Got unexpected extra arguments? \((.*)\)", said):
+    if match := re.match(r"Got unexpected extra argument(?:\(?s\)?)? \((.*)\)", said):
         return UsageError(f"`{path}` does not take `{match[1]}`", hint=helps)
+    if match := re.match(r"Option '(.*?)' (requires an argument|does not take a value)", said):
+        wants = "needs a value" if match[2].startswith("requires") else "takes no value"
+        return UsageError(f"`{match[1]}` {wants}", hint=helps)
     if kind == "BadParameter":
-        return UsageError(f"{_parameter_name(error)} cannot be {_bad_value(said)}", hint=helps)
+        given = _given(error, argv)
+        got = f", got `{given}`" if given is not None else ""
+        return UsageError(f"{_parameter_name(error)} must be {_wanted(said)}{got}", hint=helps)
     return UsageError(said[:1].lower() + said[1:], hint=helps)
 
 
@@ -122,15 +125,22 @@ def _parameter_name(error: BaseException) -> str:
     return f"`{parameter.opts[-1]}`"
 
 
-def _bad_value(said: str) -> str:
-    """`'x' is not a valid int` -> "`x`"; the parser's sentence where it has no such form."""
-    match = re.match(r"'(.*?)' is not (?:a valid |one of )(.*)", said)
-    if not match:
-        return f"what was given: {said}"
-    choices = re.findall(r"'(.*?)'", match[2])
-    kinds = {"int": "a whole number", "integer": "a whole number", "float": "a number"}
-    wanted = " or ".join(f"`{c}`" for c in choices) or kinds.get(match[2], match[2])
-    return f"`{match[1]}`, only {wanted}"
+def _given(error: BaseException, argv: Sequence[str]) -> str | None:
+    """What stands behind the option on the command line."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for index, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else next(iter(argv[index + 1 : index + 2]), None)
+    return None
+
+
+def _wanted(said: str) -> str:
+    """What the option takes, from the parser's own sentence."""
+    if match := re.search(r"one of (.*)", said):
+        return " or ".join(f"`{choice}`" for choice in re.findall(r"'(.*?)'", match[1]))
+    kinds = {"integer": "a whole number", "int": "a whole number", "float": "a number", "number": "a number"}
+    return next((words for word, words in kinds.items() if re.search(rf"valid {word}\b", said)), "something else")
 
 
 def _show(error: MoecliError, argv: Sequence[str]) -> int:
@@ -174,14 +184,12 @@ def _known(error: Exception) -> SurroundingsError | None:
 
 
 def _bug(error: Exception, argv: Sequence[str]) -> int:
-    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    message = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
     trace = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile(
         "w", prefix="moecli-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as log:
-        log.write(
-            f"moecli {__version__}, python {sys.version}\nin {Path.cwd()}\nmoecli {' '.join(argv)}\n\n{trace}"
-        )
+        log.write(f"moecli {__version__}, python {sys.version}\nin {Path.cwd()}\nmoecli {' '.join(argv)}\n\n{trace}")
     _say(f"error: {message}; this is a bug in moecli, the whole trace is in {log.name}")
     if "--json" in argv:
         _document(message, ExitCode.BUG, [], log=log.name)

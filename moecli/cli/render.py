@@ -75,9 +75,7 @@ def diagnostic_text(diagnostic: Diagnostic, lines: Lines, colour: bool = False) 
 
 def problems_json(error: MoecliError) -> list[dict[str, Any]]:
     """The same problems as objects with path, line, column, message and hint."""
-    found = (
-        error.diagnostics if isinstance(error, RecipeError) else (Diagnostic(error.message, hint=error.hint),)
-    )
+    found = error.diagnostics if isinstance(error, RecipeError) else (Diagnostic(error.message, hint=error.hint),)
     return [
         {
             "path": d.place.path if d.place else None,
@@ -110,9 +108,7 @@ def _excerpt(
     where = first.path if typed else f"{first.path}:{first.line}:{first.column}"
     margin = " " * (digits + 2)
     out = [f"{' ' * (digits + 1)}{paint('arrow', '-->' if first == main else ':::')} {where}"]
-    shown = [
-        mark for mark in marks if text is not None and mark[0].line <= len(text) and text[mark[0].line - 1]
-    ]
+    shown = [mark for mark in marks if text is not None and mark[0].line <= len(text) and text[mark[0].line - 1]]
     if not shown or text is None:
         return out
     out.append(f"{margin}{paint('arrow', '|')}")

@@ -148,9 +148,7 @@ def clean_text(document: Document) -> str:
     rows = [[item["stage"], item["key"], bytes_text(item["bytes"])] for item in document["removed"]]
     said = "would free" if document["dry_run"] else "freed"
     total = f"{said} {bytes_text(document['bytes'])} in {document['run']}"
-    return (
-        f"{table_text(['stage', 'key', 'size'], rows, right=(2,))}\n\n{total}" if rows else "nothing to drop"
-    )
+    return f"{table_text(['stage', 'key', 'size'], rows, right=(2,))}\n\n{total}" if rows else "nothing to drop"
 
 
 # -- methods
@@ -200,8 +198,7 @@ def method_document(stage: Stage) -> Document:
         for name, field in schema.get("properties", {}).items()
     ]
     inputs = {
-        name: given.type.__name__ + (" (optional)" if given.optional else "")
-        for name, given in stage.inputs.items()
+        name: given.type.__name__ + (" (optional)" if given.optional else "") for name, given in stage.inputs.items()
     }
     return {
         "name": stage.name, "version": stage.version, "doc": lookup.docstring(stage.name), "inputs": inputs,
@@ -222,9 +219,7 @@ def method_text(document: Document) -> str:
         for option in document["options"]
     ]
     table = table_text(["option", "type", "default", ""], rows) if rows else "no options"
-    return (
-        f"{document['name']}\n\n{document['doc']}\n\ntakes  {takes}\nmakes  {document['output']}\n\n{table}"
-    )
+    return f"{document['name']}\n\n{document['doc']}\n\ntakes  {takes}\nmakes  {document['output']}\n\n{table}"
 
 
 def value_text(value: Any) -> str:
@@ -245,9 +240,7 @@ def type_words(field: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
         return " or ".join(str(value) for value in values)
     for several in ("anyOf", "oneOf"):
         if several in field:
-            return " or ".join(
-                type_words(member, defs) for member in field[several] if member.get("type") != "null"
-            )
+            return " or ".join(type_words(member, defs) for member in field[several] if member.get("type") != "null")
     kind = field.get("type")
     if kind == "array":
         inner = field.get("items") or {}

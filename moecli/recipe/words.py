@@ -72,8 +72,10 @@ class Explainer(NamedTuple):
             kind = error["type"] if error["type"] in ("missing", "extra_forbidden") else "value"
             last = str(error["loc"][-1]) if kind == "missing" else ""
             groups.setdefault((where, kind + last), []).append(error)
-        for (where, _), members in groups.items():
+        for (where, kind), members in groups.items():
             path = self.path(where)
+            if kind == "value" and _told_deeper(where, members, groups):
+                continue
             if not any(_below(path, suspect) for suspect in self.located.suspect):
                 yield self.diagnostic(values, where, members)
 
@@ -97,6 +99,10 @@ class Explainer(NamedTuple):
         path = self.path(where)
         if (said := _said(errors)) is not None:
             return Diagnostic(said, self.located.place(path))
+        if all(error["loc"][-1:] == ("[key]",) for error in errors):
+            return Diagnostic(
+                f"the key `{where[-1]}` must be {expected(errors)}", self.located.place(path, key=True)
+            )
         value = _value_at(values, where)
         name = _name(where) or _name((self.base,))
         message = f"`{name}` must be {expected(errors)}, got {got(value, self.located, path)}"
@@ -128,7 +134,7 @@ def expected(errors: Sequence[ErrorDetails]) -> str:
         if error["type"] in ("literal_error", "enum"):
             context["expected"] = _choices(context.get("expected", ""))
         phrase = _EXPECTED.get(error["type"])
-        phrases.append(phrase.format_map(context) if phrase else "another kind of value")
+        phrases.append((phrase or "").format_map(context) or "another kind of value")
     return " or ".join(dict.fromkeys(phrases))
 
 
@@ -221,6 +227,16 @@ def _name(where: Sequence[int | str]) -> str:
     while words and tail[0].isdigit():
         tail.insert(0, words.pop())
     return ".".join(tail)
+
+
+def _told_deeper(
+    where: tuple[int | str, ...],
+    errors: Sequence[ErrorDetails],
+    groups: Mapping[tuple[tuple[int | str, ...], str], Sequence[ErrorDetails]],
+) -> bool:
+    """True for "must be a number, got a list" where the list was right but for one of its entries."""
+    of_union = all(len(error["loc"]) > len(where) for error in errors)
+    return of_union and any(len(other) > len(where) and other[: len(where)] == where for other, _ in groups)
 
 
 def _below(path: str, parent: str) -> bool:
