@@ -79,14 +79,15 @@ class Sweep:
         self._names = adapter.tensor_map(self._model, checkpoint)
         self._home = _home(self._model, batches, device)
         self._hidden: list[Tensor] = []
-        self._done = 0
+        self._started, self._done = False, 0
 
     def __len__(self) -> int:
         return len(self._names.layers)
 
     def __iter__(self) -> Iterator[SweptLayer]:
-        if self._done:
+        if self._started:
             raise RuntimeError("a sweep runs once; make a new one")
+        self._started = True
         runs = self._record()
         for index in self._track(range(len(self)), "layers"):
             module = adapter.load_layer(self._model, self._checkpoint, self._names, index, self._device)
