@@ -89,7 +89,6 @@ def _sparsemixer(logits_TE: Tensor, band: float) -> Routing:
     left_TE = logits_TE
     for _ in range(2):
         best_T1, expert_T1 = left_TE.max(-1, keepdim=True)
-        # The distance uses the untouched logits in both rounds, as the released code does.
         far_TE = (best_T1 - logits_TE) / logits_TE.abs().clamp(min=best_T1) > band
         weights.append(left_TE.masked_fill(far_TE, float("-inf")).softmax(-1).gather(-1, expert_T1))
         experts.append(expert_T1)

@@ -52,6 +52,7 @@ _RECIPES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     }),
     "phimoe": ("num_local_experts", "num_experts_per_tok", 0, _NARROW | {
         "attention_bias": True, "lm_head_bias": True,
+        "router_jitter_noise": 0.2,  # wide, so that more than one logit is inside the band
     }),
     "gpt_oss": ("num_local_experts", "num_experts_per_tok", 0, _NARROW | {
         "head_dim": HEAD_DIM, "sliding_window": 16,
