@@ -96,9 +96,7 @@ def test_a_loaded_model_saves_and_loads_again(bits, tmp_path):
 def test_stock_expert_implementations_work_on_aliased_experts(implementation, tmp_path):
     source = make_model(tmp_path / "source")
     compact = write_compact(source, tmp_path / "compact", {0: 3, 1: 5})
-    expanded = logits(
-        write_expanded(source, tmp_path / "expanded", {0: 3, 1: 5}), experts_implementation="eager"
-    )
+    expanded = logits(write_expanded(source, tmp_path / "expanded", {0: 3, 1: 5}), experts_implementation="eager")
     assert (logits(compact, experts_implementation=implementation) - expanded).abs().max() <= 1e-6
 
 
@@ -139,8 +137,6 @@ def test_expert_counts_are_those_of_the_config(tmp_path):
     from transformers import AutoModelForCausalLM
 
     source = make_model(tmp_path / "source")
-    model = AutoModelForCausalLM.from_pretrained(
-        write_compact(source, tmp_path / "compact", {0: 3, 1: EXPERTS})
-    )
+    model = AutoModelForCausalLM.from_pretrained(write_compact(source, tmp_path / "compact", {0: 3, 1: EXPERTS}))
     assert [layer.mlp.experts.down_proj.shape[0] for layer in model.model.layers] == [3, EXPERTS]
     assert type(model.model.layers[1].mlp.experts).__name__ == "Qwen3MoeExperts"

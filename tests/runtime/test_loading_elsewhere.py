@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
 from tests.runtime.compact import logits, make_model, write_compact
 
+SLOW = pytest.mark.slow
 LOAD = """
 import sys, torch
 from safetensors.torch import save_file
@@ -80,13 +81,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", ["alias", "packed"])
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("import moecli", ""), ("", "import moecli"), ("import transformers.quantizers.auto", "import moecli")],
-    ids=["moecli-first", "transformers-first", "quantizers-first"],
+    [
+        pytest.param("import moecli", "", id="moecli-first"),
+        pytest.param("", "import moecli", id="transformers-first"),
+        pytest.param("import transformers.quantizers.auto", "import moecli", marks=SLOW, id="quantizers-first"),
+    ],
 )
 def test_import_moecli_is_enough_in_either_order(kind, before, after, folders, tmp_path):
-    done = run(
-        LOAD.format(before=before, after=after, options=""), folders[kind], tmp_path / "out", cwd=tmp_path
-    )
+    done = run(LOAD.format(before=before, after=after, options=""), folders[kind], tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "out")["logits"], logits(folders[kind]))
 

@@ -1,0 +1,242 @@
+"""The finished model folder, in one of three forms.
+
+stock      one expert for each router row and one packing for all experts: loads with nothing of ours
+compact    router rows that share experts, or experts packed in different ways: loads with `import moecli`,
+           or with `trust_remote_code=True` and the file put beside the weights
+expanded   a compact model written out, dense, with a copy of its expert for each row: stock, nothing saved
+
+All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moecli.core.artifacts import Checkpoint
+from moecli.core.errors import UsageError
+from moecli.core.model import TensorSpec
+from moecli.families import ALIAS_KEY, family_of
+from moecli.io.durable import natural_key
+from moecli.io.formats import DenseView, is_packed, packed_names
+from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.writer import Export, export_folder
+from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
+from moecli.runtime.quantizer import METHOD, compact_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Kind = Literal["stock", "compact", "expanded"]
+
+
+def choose(checkpoint: Checkpoint) -> Literal["stock", "compact"]:
+    """The form that loads in most places and is exact."""
+    return "compact" if _not_stock(checkpoint) else "stock"
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: Path | str,
+    kind: Kind | Literal["auto"] = "auto",
+    extra_files: Mapping[str, str] | None = None,
+) -> Export:
+    """Write `checkpoint` to `folder`; `auto` is what `choose` says. `extra_files` is {name: text}.
+
+    Raises UsageError when `stock` is asked for and the model has no such form, and what
+    `io.writer.export_folder` raises.
+    """
+    view = as_written(checkpoint, choose(checkpoint) if kind == "auto" else kind)
+    files = {FILE_NAME: modeling_source()} if "auto_map" in view.config else {}
+    return export_folder(view, folder, extra_files=files | dict(extra_files or {}))
+
+
+def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
+    """What `export` writes, as a checkpoint: config and tensors of the folder to be."""
+    if kind == "expanded":
+        return _Expanded(DenseView(checkpoint))
+    if kind == "compact":
+        return _Compact(checkpoint)
+    if reason := _not_stock(checkpoint):
+        raise UsageError(f"there is no stock form of this model: {reason[0]}", hint=reason[1])
+    return _View(checkpoint)
+
+
+def _not_stock(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Why the model needs the compact form, and what to type instead."""
+    if aliased := checkpoint.config.get(ALIAS_KEY):
+        counts = sorted(set(aliased.values()))
+        share = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return (
+            f"its {checkpoint.facts.router_rows} router rows share {share} experts in each layer",
+            "put `- run: router/row-drop` below the merge, or write `export: compact`",
+        )
+    if len(packings := _expert_packings(checkpoint)) > 1:
+        return (
+            f"transformers reads one packing for all experts, they have {' and '.join(packings)}",
+            "write `export: compact`, or give all experts the same bits and group size",
+        )
+    return None
+
+
+def _expert_packings(checkpoint: Checkpoint) -> list[str]:
+    """How routed experts are packed, in words, each way once; `16-bit` stands for not packed."""
+    names = set(checkpoint.names())
+    if not any(name.endswith(".weight_packed") for name in names):
+        return []
+    dense, found = DenseView(checkpoint), set()
+    for linear in family_of(dense.config).linears(dense):
+        if linear.role != "expert":
+            continue
+        if is_packed(checkpoint, linear.name):
+            groups = checkpoint.spec(packed_names(linear.name).scale).shape[-1]
+            group_size = dense.spec(linear.name).shape[-1] // groups
+            found.add(f"{dense.bits(linear.name)} bits in groups of {group_size}")
+        else:
+            found.add("16 bits")
+    return sorted(found, key=natural_key)
+
+
+class _View(StoredCheckpoint):
+    """A checkpoint under the config of the folder to be. This class is the stock form."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.parent = stored(checkpoint)
+        self.facts_of = self.parent.facts_of
+        self.config: Mapping[str, Any] = _without_compact(self.parent.config)
+        self.facts = self.facts_of(self.config)
+        guard = (self.parent.config.get("quantization_config") or {}).get("guard")
+        self._names = dict.fromkeys(name for name in self.parent.names() if name != guard)
+
+    def names(self) -> Iterable[str]:
+        return tuple(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.parent.spec(name)
+
+    def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        return self.parent.get(name, device)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.parent.rows(name, start, stop)
+
+    def side_files(self) -> Mapping[str, str]:
+        return {name: path for name, path in self.parent.side_files().items() if name != FILE_NAME}
+
+    @property
+    def source(self) -> FolderCheckpoint:
+        return self.parent.source
+
+    def origin(self, name: str) -> Origin:
+        return self.parent.origin(name)
+
+
+class _Compact(_View):
+    """The compact form: its config, and the empty tensor that stops readers who do not know it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        config = dict(self.config)
+        packed = config.pop("quantization_config", None)
+        counts = {int(layer): count for layer, count in (config.get(ALIAS_KEY) or {}).items()}
+        self._guard = _guard_name(self.parent) if packed else None
+        rows = self.parent.facts.router_rows
+        config["quantization_config"] = compact_config(counts, rows, packed, self._guard)
+        config["auto_map"] = AUTO_MAP
+        self.config = config
+        self.facts = self.facts_of(config)
+        extra = [self._guard] if self._guard else []
+        self._names = dict.fromkeys(sorted({*self._names, *extra}, key=natural_key))
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec("uint8", (0,)) if name == self._guard else self.parent.spec(name)
+
+    def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        import torch
+
+        if name == self._guard:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return self.parent.get(name, device)
+
+    def origin(self, name: str) -> Origin:
+        return ("own", name) if name == self._guard else self.parent.origin(name)
+
+
+def _guard_name(checkpoint: Checkpoint) -> str:
+    """A tensor that stock models have and packed files do not: `runtime.compact_model` says what for."""
+    layer = checkpoint.facts.moe_layers[0]
+    return f"{family_of(checkpoint.config).experts_module(layer)}.down_proj"
+
+
+class _Expanded(_View):
+    """The expanded form of a dense checkpoint: the experts of an aliased layer, one for each router row."""
+
+    def __init__(self, checkpoint: DenseView) -> None:
+        super().__init__(checkpoint)
+        family, names = family_of(self.parent.config), set(self.parent.names())
+        self._alias: dict[str, list[int]] = {}
+        """stacked tensor -> expert of each row"""
+        self._copied: dict[str, str] = {}
+        """name of a row's own expert -> name of the shared one"""
+        aliased = self.parent.config.get(ALIAS_KEY) or {}
+        for layer in map(int, aliased):
+            alias = [int(expert) for expert in self.parent.get(family.alias_name(layer)).tolist()]
+            names.discard(family.alias_name(layer))
+            form = family.layout(names, layer)
+            stacked = form.names_of(0) == form.names_of(1)
+            if stacked:
+                self._alias |= dict.fromkeys(form.names_of(0), alias)
+                continue
+            shared = [form.names_of(expert) for expert in range(family.experts_in(layer))]
+            names -= {name for expert in shared for name in expert}
+            for row, expert in enumerate(alias):
+                self._copied |= dict(zip(form.names_of(row), shared[expert], strict=True))
+        config = dict(self.config)
+        config.pop(ALIAS_KEY, None)
+        self.config = config
+        self.facts = self.facts_of(config)
+        self._names = dict.fromkeys(sorted(names | set(self._copied), key=natural_key))
+
+    def spec(self, name: str) -> TensorSpec:
+        spec = self.parent.spec(self._below(name))
+        return replace(spec, shape=(len(self._alias[name]), *spec.shape[1:])) if name in self._alias else spec
+
+    def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        import torch
+
+        tensor = self.parent.get(self._below(name), device)
+        if name not in self._alias:
+            return tensor
+        return tensor.index_select(0, torch.tensor(self._alias[name], device=tensor.device))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._alias:
+            return self.get(name)[start:stop]
+        return self.parent.rows(self._below(name), start, stop)
+
+    def origin(self, name: str) -> Origin:
+        return ("own", name) if name in self._alias else self.parent.origin(self._below(name))
+
+    def _below(self, name: str) -> str:
+        if name not in self._names:
+            raise KeyError(f"no tensor `{name}`")
+        return self._copied.get(name, name)
+
+
+def _without_compact(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what an earlier compact export put there."""
+    new = dict(config)
+    quantization = new.get("quantization_config") or {}
+    if quantization.get("quant_method") == METHOD:
+        del new["quantization_config"]
+        if quantization.get("packed"):
+            new["quantization_config"] = quantization["packed"]
+    if new.get("auto_map") == AUTO_MAP:
+        del new["auto_map"]
+    return new
