@@ -110,9 +110,7 @@ class Grouped:
     def count_E(self) -> Tensor:
         """int64, visits of each expert"""
         edges = torch.arange(self.shape.experts + 1, device=self.expert_S.device)
-        return torch.searchsorted(
-            self.expert_S, edges
-        ).diff()  # unlike bincount, nothing waits for the device
+        return torch.searchsorted(self.expert_S, edges).diff()  # unlike bincount, nothing waits for the device
 
     @cached_property
     def output_SD(self) -> Tensor:

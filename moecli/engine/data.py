@@ -247,9 +247,7 @@ def _texts(rows: Sequence[Any], field: str, source: str) -> list[str]:
             raise _no_field(field, list(row), source)
         text = row[field] if isinstance(row, dict) else row
         if not isinstance(text, str):
-            raise SurroundingsError(
-                f"row {number} of `{source}` has no text in `{field}` but {type(text).__name__}"
-            )
+            raise SurroundingsError(f"row {number} of `{source}` has no text in `{field}` but {type(text).__name__}")
         if text:
             texts.append(text)
     if not texts:

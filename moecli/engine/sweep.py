@@ -57,9 +57,7 @@ def sweep(
     `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. SurroundingsError when the
     checkpoint does not fit its own config.
     """
-    return Sweep(
-        checkpoint, tuple(batches), torch.device(device), dtype, track or (lambda items, label: items)
-    )
+    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, track or (lambda items, label: items))
 
 
 class Sweep:

@@ -264,9 +264,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     path = next((files[name] for name in known if name in files), None)
     if path is None:
         raise SurroundingsError(
-            "the model has no tokenizer: none of "
-            + ", ".join(f"`{name}`" for name in known)
-            + " is beside its weights"
+            "the model has no tokenizer: none of " + ", ".join(f"`{name}`" for name in known) + " is beside its weights"
         )
     return AutoTokenizer.from_pretrained(Path(path).parent)
 
@@ -283,9 +281,7 @@ class _Lazy:
         return self._checkpoint.get(self._name, self._device)[key]
 
 
-def _load(
-    model: PreTrainedModel, checkpoint: Checkpoint, names: Iterable[str], device: torch.device | str
-) -> set[str]:
+def _load(model: PreTrainedModel, checkpoint: Checkpoint, names: Iterable[str], device: torch.device | str) -> set[str]:
     """Load these tensors; return the model names that have got none now, those of other layers included."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -301,9 +297,7 @@ def _load(
     with _quiet_and_in_order():
         state = {name: _Lazy(checkpoint, name, device) for name in names}
         info, _ = convert_and_load_state_dict_in_model(model, state, config, None)
-    _refuse(
-        model, unexpected=info.unexpected_keys, mismatched=info.mismatched_keys, failed=info.conversion_errors
-    )
+    _refuse(model, unexpected=info.unexpected_keys, mismatched=info.mismatched_keys, failed=info.conversion_errors)
     return info.missing_keys
 
 
@@ -331,9 +325,7 @@ def _to_meta(root: nn.Module, without: nn.Module | None = None) -> None:
     for module in root.modules():
         for name, old in module._parameters.items() if module not in skipped else ():
             if old is not None and not old.is_meta:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty_like(old, device="meta"), requires_grad=False
-                )
+                module._parameters[name] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
 
 
 def _move_buffers(root: nn.Module, device: torch.device | str) -> None:

@@ -129,9 +129,7 @@ def test_experts_of_unequal_widths_cannot_be_fused(tiny_model: Maker) -> None:
     checkpoint = MemoryCheckpoint.of(open_folder(tiny_model("qwen3_moe")))
     name = "model.layers.0.mlp.experts.2.down_proj.weight"
     checkpoint.tensors[name] = checkpoint.tensors[name][:, :16]
-    with pytest.raises(
-        SurroundingsError, match=r"cannot be converted: `model.layers.0.mlp.experts.down_proj"
-    ):
+    with pytest.raises(SurroundingsError, match=r"cannot be converted: `model.layers.0.mlp.experts.down_proj"):
         load_model(checkpoint)
 
 

@@ -30,9 +30,7 @@ def texts(tmp_path: Path) -> str:
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text(
-        "\n".join(json.dumps({field: t, "id": i}, ensure_ascii=False) for i, t in enumerate(texts))
-    )
+    path.write_text("\n".join(json.dumps({field: t, "id": i}, ensure_ascii=False) for i, t in enumerate(texts)))
     return path
 
 
@@ -175,9 +173,7 @@ def test_batches_are_consecutive_samples(model: Any, texts: str) -> None:
 
 
 def test_too_little_text(model: Any, texts: str) -> None:
-    with pytest.raises(
-        SurroundingsError, match="asked for 64 samples of 10 tokens, the text gives 4"
-    ) as caught:
+    with pytest.raises(SurroundingsError, match="asked for 64 samples of 10 tokens, the text gives 4") as caught:
         tokenise(texts, model, samples=64, tokens_per_sample=10)
     assert caught.value.hint == "write `samples: 4`, or name more text"
     with pytest.raises(SurroundingsError, match="asked for 5 samples of 10 tokens, the text gives 4"):

@@ -52,8 +52,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(f, "float32") for f in tiny.FAMILIES]
-    + [(f, "bfloat16") for f in ("qwen3_moe", "gpt_oss", "deepseek_v3")],
+    [(f, "float32") for f in tiny.FAMILIES] + [(f, "bfloat16") for f in ("qwen3_moe", "gpt_oss", "deepseek_v3")],
 )
 def test_logits_are_those_of_the_whole_model(family: str, dtype: str, tiny_model: Maker) -> None:
     folder, batches = tiny_model(family, dtype=dtype), random_batches()
@@ -88,9 +87,7 @@ def test_statistics_equal_a_loop_over_tokens(family: str, tiny_model: Maker) -> 
         assert stats.tokens == int(expected[layer].pop("tokens")) == 61
         assert set(stats.extra) | {"count", "gate_sum"} == set(CATALOGUE)
         for name, value in expected[layer].items():
-            torch.testing.assert_close(
-                stats[name].double(), value, rtol=2e-4, atol=2e-5, msg=f"layer {layer} {name}"
-            )
+            torch.testing.assert_close(stats[name].double(), value, rtol=2e-4, atol=2e-5, msg=f"layer {layer} {name}")
 
 
 def test_statistics_keep_their_dtypes(tiny_model: Maker) -> None:
@@ -102,10 +99,7 @@ def test_statistics_keep_their_dtypes(tiny_model: Maker) -> None:
 
 def every_statistic(source: Any, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
     layers = [s.observe(collectors(CATALOGUE)) for s in sweep(source, batches) if s.is_moe]
-    return [
-        {name: stats[name].double() for name in CATALOGUE} | {"n": torch.tensor(stats.tokens)}
-        for stats in layers
-    ]
+    return [{name: stats[name].double() for name in CATALOGUE} | {"n": torch.tensor(stats.tokens)} for stats in layers]
 
 
 def test_statistics_do_not_depend_on_batches_padding_or_chunks(

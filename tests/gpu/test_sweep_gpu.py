@@ -50,16 +50,11 @@ def test_fp32_equals_the_cpu(family: str, tiny_model: Maker) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_are_those_of_the_whole_model_on_the_device(
-    family: str, dtype: str, tiny_model: Maker
-) -> None:
+def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: str, tiny_model: Maker) -> None:
     source, batches = open_folder(tiny_model(family, dtype=dtype)), random_batches()
     model = load_model(source, "cuda")
     with torch.no_grad():
-        expected = [
-            model(input_ids=b.input_ids.cuda(), attention_mask=b.attention_mask.cuda()).logits
-            for b in batches
-        ]
+        expected = [model(input_ids=b.input_ids.cuda(), attention_mask=b.attention_mask.cuda()).logits for b in batches]
     swept = sweep(source, batches, device="cuda")
     for layer in swept:
         if layer.is_moe:
