@@ -7,7 +7,6 @@ person looks: a terminal, and `NO_COLOR` unset.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 import unicodedata
@@ -25,7 +24,6 @@ MOST_CELLS = 140
 """Longer lines are cut around the caret."""
 
 _COLOURS = {"error": "1;31", "warning": "1;33", "arrow": "34", "caret": "1;31", "related": "34", "hint": "36"}
-_BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -36,12 +34,13 @@ def wants_colour(stream: TextIO) -> bool:
 
 def lines_of(texts: Mapping[str, str]) -> Lines:
     """Lines by path: from `texts` (the command line's `--set`), else from the file."""
+    from moecli.recipe.locate import lines_of as split
 
     def lines(path: str) -> Sequence[str] | None:
         if path in texts:
             return texts[path].split("\n")
         try:
-            return _BREAK.split(Path(path).read_bytes().decode("utf-8-sig", errors="replace"))
+            return split(Path(path).read_bytes().decode("utf-8-sig", errors="replace"))
         except OSError:
             return None
 

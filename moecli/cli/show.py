@@ -260,35 +260,27 @@ def _bounds(field: Mapping[str, Any]) -> Iterator[str]:
 
 
 def inspect_document(model: str, revision: str | None) -> Document:
-    """Facts and sizes of a model, from config and headers."""
+    """Facts and sizes of a model, from config and headers; by part only where the weights are at hand."""
     from dataclasses import asdict
 
     sketch, digest = model_sketch(model, revision)
-    facts = asdict(sketch.facts)
-    size = sizes(sketch) if sketch.specs else None
-    return {"model": model, "digest": digest, "facts": facts, "tensors": len(sketch.specs), "size": size}
+    size = {"bytes": sketch.bytes, "parameters": sketch.parameters, "by_part": {}} if sketch.specs else None
+    if size is not None and (parts := _sizes_on_disk(model)):
+        size = parts
+    return {"model": model, "digest": digest, "facts": asdict(sketch.facts), "tensors": len(sketch.specs), "size": size}
 
 
-def sizes(sketch: ModelSketch) -> Document:
-    """Bytes and parameters in total, and bytes by part."""
+def _sizes_on_disk(model: str) -> Document | None:
+    """Bytes, parameters and bytes by part of a local model; None for one on the hub."""
+    from moecli.families import facts_of
+    from moecli.io.reader import FolderCheckpoint
+    from moecli.io.sources import resolve
     from moecli.runner.gather import size_of
 
-    side = size_of(_Headers(sketch))  # type: ignore[arg-type]
+    if model != "demo" and not Path(model).expanduser().is_dir():
+        return None
+    side = size_of(FolderCheckpoint(resolve(model).folder, facts_of))
     return {"bytes": side.bytes, "parameters": side.parameters, "by_part": dict(side.by_part)}
-
-
-class _Headers:
-    """As much of a checkpoint as headers tell, for a model whose weights need not be here."""
-
-    def __init__(self, sketch: ModelSketch) -> None:
-        self.facts, self.config = sketch.facts, sketch.config
-        self._specs = sketch.specs
-
-    def names(self) -> list[str]:
-        return list(self._specs)
-
-    def spec(self, name: str) -> Any:
-        return self._specs[name]
 
 
 def inspect_text(document: Document) -> str:
@@ -314,7 +306,7 @@ def inspect_text(document: Document) -> str:
     rows.append(["size", f"{bytes_text(size['bytes'])}, {count_text(size['parameters'])} parameters"])
     rows += [
         [f"  {part}", f"{bytes_text(count)} ({100 * count / size['bytes']:.1f} %)"]
-        for part, count in size["by_part"].items()
+        for part, count in sorted(size["by_part"].items(), key=lambda item: -item[1])
     ]
     return table_text(["", document["model"]], rows)
 
@@ -330,16 +322,20 @@ def router_words(facts: Mapping[str, Any]) -> str:
 
 
 def verify_document(model: str, against: str | None) -> Document:
-    """What `runner.verify` finds of a folder."""
-    from moecli.runner.verify import verify_model
+    """What `runner.verify` finds of a model, and what became of each tensor of `against`."""
+    from moecli.io.sources import resolve
+    from moecli.runner.verify import verify_folder
 
-    return {"model": model, "against": against, **verify_model(model, against).as_json()}
+    found = verify_folder(resolve(model).folder, resolve(against).folder if against else None)
+    return {"model": model, "against": against, **found.as_json(), "problems": list(found.problems),
+            "accounting": dict(found.accounting)}  # fmt: skip
 
 
 def verify_text(document: Document) -> str:
     """One line a check, then the verdict."""
     rows = [[c["name"], "passed" if c["passed"] else "failed", c["detail"]] for c in document["checks"]]
-    return f"{table_text(['check', '', ''], rows)}\n\n{document['model']}: {document['status']}"
+    problems = [f"- {problem}" for problem in document["problems"]]
+    return "\n".join([table_text(["check", "", ""], rows), "", *problems, f"{document['model']}: {document['status']}"])
 
 
 # -- results

@@ -242,12 +242,8 @@ def _syntax(text: str, problem: yaml.MarkedYAMLError, path: str) -> RecipeError:
     for pattern, message, hint in _SYNTAX:
         if match := re.fullmatch(pattern, said, re.DOTALL):
             words = [*match.groups(), ""]
-            opened = (
-                _opened(problem, path, lines, place) if "closed" in message or "anchor" in message else ()
-            )
-            return _fatal(
-                message.replace("{0}", words[0]), place, hint and hint.replace("{0}", words[0]), opened
-            )
+            opened = _opened(problem, path, lines, place) if "closed" in message or "anchor" in message else ()
+            return _fatal(message.replace("{0}", words[0]), place, hint and hint.replace("{0}", words[0]), opened)
     return _fatal("this is not valid YAML", place)
 
 
@@ -345,9 +341,7 @@ class _Builder:
         entries: list[tuple[yaml.Node, yaml.Node]] = []
         for child in nodes:
             if not isinstance(child, yaml.MappingNode):
-                self.found.append(
-                    Diagnostic("`<<` takes a mapping or a list of mappings", self.place_of(child))
-                )
+                self.found.append(Diagnostic("`<<` takes a mapping or a list of mappings", self.place_of(child)))
                 continue
             if id(child.value) in self.open:
                 raise _fatal("the alias stands inside its own anchor", self.place_of(child))
@@ -393,9 +387,7 @@ class _Builder:
 
     def number(self, text: str, whole: bool, path: tuple[str, ...], place: Place) -> int | float | str:
         if ":" in text:
-            self.wrong(
-                path, place, f"YAML reads `{text}` as a number in base 60", f'write `"{text}"` for text'
-            )
+            self.wrong(path, place, f"YAML reads `{text}` as a number in base 60", f'write `"{text}"` for text')
             return text
         if "_" in text:
             hint = as_number(text, whole)
@@ -412,9 +404,7 @@ class _Builder:
             self.wrong(path, place, f"YAML reads `{text}` as octal{octal}", f"write `{int(text)}`")
             return text
         try:
-            number = (
-                _whole(text) if whole else float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            )
+            number = _whole(text) if whole else float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
             self.wrong(path, place, f"`{_short(text)}` is not a number that can be used")
             return 0

@@ -100,9 +100,7 @@ def load(path: Path | str, find: Find, names: Sequence[str], sets: Sequence[str]
     return _validated(located, found, find, names, sets)
 
 
-def loads(
-    text: str, find: Find, names: Sequence[str], sets: Sequence[str] = (), path: str = "recipe"
-) -> Recipe:
+def loads(text: str, find: Find, names: Sequence[str], sets: Sequence[str] = (), path: str = "recipe") -> Recipe:
     """Like `load`, for text; `path` is only shown."""
     located, found = parse(text, path)
     return _validated(located, found, find, names, sets)
@@ -146,9 +144,7 @@ def _outer(located: Located, names: Sequence[str], find: Find) -> tuple[Recipe |
     explainer = Explainer(located, "", Recipe, _frame_owner, "key")
     special = [error for error in errors if _misplaced(located, error["loc"], names)]
     ignored = {error["loc"][:-1] for error in special}
-    rest = [
-        e for e in errors if e not in special and not (e["type"] == "missing" and e["loc"][:-1] in ignored)
-    ]
+    rest = [e for e in errors if e not in special and not (e["type"] == "missing" and e["loc"][:-1] in ignored)]
     found = [_refine(d, located) for d in explainer.diagnostics(values, rest)]
     return None, found + [_misplaced_at(located, error["loc"], find) for error in special]
 
@@ -171,9 +167,7 @@ def _misplaced(located: Located, loc: tuple[int | str, ...], names: Sequence[str
 def _misplaced_at(located: Located, loc: tuple[int | str, ...], find: Find) -> Diagnostic:
     path = ".".join(map(str, loc))
     name = located.values["stages"][loc[1]] if len(loc) == 2 else loc[2]
-    return Diagnostic(
-        f"the stage `{name}` needs `run:`", located.place(path, key=True), f"write `- run: {name}`"
-    )
+    return Diagnostic(f"the stage `{name}` needs `run:`", located.place(path, key=True), f"write `- run: {name}`")
 
 
 def _refine(diagnostic: Diagnostic, located: Located) -> Diagnostic:
@@ -220,9 +214,7 @@ def _equal_ids(located: Located) -> Iterator[Diagnostic]:
         if identity in first:
             earlier = located.place(f"stages.{first[identity]}.id")
             related = ((earlier, "first given here"),) if earlier else ()
-            yield Diagnostic(
-                f"the id `{identity}` is given to two stages", place, "rename one of them", related
-            )
+            yield Diagnostic(f"the id `{identity}` is given to two stages", place, "rename one of them", related)
         first.setdefault(identity, index)
 
 
@@ -279,9 +271,7 @@ def _beside_with(
         place = located.place(f"stages.{index}.{key}", key=True)
         found[:] = [d for d in found if not (d.place == place and d.message.startswith("unknown key"))]
         value = located.text(f"stages.{index}.{key}") or "..."
-        yield Diagnostic(
-            f"the option `{key}` stands outside `with`", place, f"write `with: {{{key}: {value}}}`"
-        )
+        yield Diagnostic(f"the option `{key}` stands outside `with`", place, f"write `with: {{{key}: {value}}}`")
 
 
 def _unknown_stage(located: Located, index: int, name: str, names: Sequence[str]) -> Diagnostic:
@@ -327,9 +317,7 @@ def _override(located: Located, number: int, text: str) -> list[Diagnostic]:
     return [_moved(d, number, shift, value_place) for d in found]
 
 
-def _holder(
-    located: Located, steps: list[str], number: int, whole: Place
-) -> dict[str, Any] | list[Any] | Diagnostic:
+def _holder(located: Located, steps: list[str], number: int, whole: Place) -> dict[str, Any] | list[Any] | Diagnostic:
     """The mapping or list that holds the last step; mappings on the way are made."""
     if not isinstance(located.values, dict):
         return Diagnostic("`--set` needs a recipe that is a mapping", whole)
@@ -398,9 +386,7 @@ def json_schema(stages: Mapping[str, type[Options]]) -> dict[str, Any]:
     rules = []
     for name, model in stages.items():
         reference, needed = _options_schema(name, model, defs)
-        then: dict[str, Any] = {"properties": {"with": reference}} | (
-            {"required": ["with"]} if needed else {}
-        )
+        then: dict[str, Any] = {"properties": {"with": reference}} | ({"required": ["with"]} if needed else {})
         rules.append({"if": {"properties": {"run": {"const": name}}, "required": ["run"]}, "then": then})
     entry["properties"]["run"] |= {"enum": list(stages)}
     entry["properties"]["with"] = {

@@ -100,9 +100,7 @@ class Explainer(NamedTuple):
         if (said := _said(errors)) is not None:
             return Diagnostic(said, self.located.place(path))
         if all(error["loc"][-1:] == ("[key]",) for error in errors):
-            return Diagnostic(
-                f"the key `{where[-1]}` must be {expected(errors)}", self.located.place(path, key=True)
-            )
+            return Diagnostic(f"the key `{where[-1]}` must be {expected(errors)}", self.located.place(path, key=True))
         value = _value_at(values, where)
         name = _name(where) or _name((self.base,))
         message = f"`{name}` must be {expected(errors)}, got {got(value, self.located, path)}"
@@ -118,9 +116,7 @@ class Explainer(NamedTuple):
     def unknown(self, where: tuple[int | str, ...]) -> Diagnostic:
         name, parent = str(where[-1]), self.path(where[:-1])
         known = _keys(_model_at(self.model, where[:-1]))
-        others = (
-            f"{self.noun}s are {_listed([f'`{k}`' for k in known])}" if known else "there are none; remove it"
-        )
+        others = f"{self.noun}s are {_listed([f'`{k}`' for k in known])}" if known else "there are none; remove it"
         place = self.located.place(self.path(where), key=True)
         hint = did_you_mean(near(name, known), others)
         return Diagnostic(f"unknown {self.noun} `{name}` of {self.owner(parent)}", place, hint)
@@ -287,6 +283,4 @@ def _doc(model: type[BaseModel] | None, name: str) -> str:
     fields: Mapping[str, Any] = {f.alias or n: f for n, f in model.model_fields.items()} if model else {}
     text = (fields[name].description or "") if name in fields else ""
     sentence = re.split(r"(?<=[.;:])\s", " ".join(text.split()))[0].rstrip(".;:")
-    return (
-        sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence
-    )
+    return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() or sentence[1:2] == " " else sentence

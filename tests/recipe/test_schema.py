@@ -39,7 +39,7 @@ class Everything(Options):
     fast: bool = False
     name: str | None = None
     tasks: tuple[str, ...] = ("arc_easy",)
-    per_layer: dict[int, int] = {}
+    per_layer: dict[int, int] = Field(default_factory=dict)
     width: int | list[int] = 3
     band: Band = Band(low=0.0)
     step: Annotated[int, Field(multiple_of=8, lt=100)] = 8
@@ -159,9 +159,7 @@ def test_a_trap_is_told_once() -> None:
 
 
 def test_set_replaces_adds_and_parses() -> None:
-    found = recipe(
-        "{keep: 8}", sets=["stages.0.with.keep=4", "stages.0.with.tasks=[x, y]", "model=a/b", "seed=3"]
-    )
+    found = recipe("{keep: 8}", sets=["stages.0.with.keep=4", "stages.0.with.tasks=[x, y]", "model=a/b", "seed=3"])
     options = found.stages[0].options
     assert isinstance(options, Everything)
     assert (options.keep, options.tasks, found.model, found.seed) == (4, ("x", "y"), "a/b", 3)
@@ -202,15 +200,11 @@ def test_from_values_has_no_places() -> None:
     values = {"recipe": 1, "model": "tiny", "stages": [{"run": "prune/everything", "with": {"keep": 0}}]}
     with pytest.raises(RecipeError, match="1 problem") as error:
         from_values(values, KNOWN.__getitem__, NAMES)
-    assert [(d.message, d.place) for d in error.value.diagnostics] == [
-        ("`keep` must be above 0, got 0", None)
-    ]
+    assert [(d.message, d.place) for d in error.value.diagnostics] == [("`keep` must be above 0, got 0", None)]
 
 
 def test_what_is_written_out_loads_to_the_same() -> None:
-    before = recipe(
-        "{keep: 8, damp: 1.0e-5, name: 'no', tasks: ['1e3'], per_layer: {0: 2}}", "name: '2025-01-01'\n"
-    )
+    before = recipe("{keep: 8, damp: 1.0e-5, name: 'no', tasks: ['1e3'], per_layer: {0: 2}}", "name: '2025-01-01'\n")
     again = loads(resolved_yaml(before), KNOWN.__getitem__, NAMES)
     assert again.stages[0].options == before.stages[0].options
     assert resolved_values(again) == resolved_values(before)
@@ -248,7 +242,7 @@ def test_the_schema_accepts_every_recipe_of_ours() -> None:
 )  # fmt: skip
 def test_the_schema_refuses_what_check_refuses(name: str) -> None:
     values = yaml.safe_load((ROOT / "tests" / "golden" / f"{name}.yaml").read_text())
-    with pytest.raises(jsonschema.ValidationError, match="."):
+    with pytest.raises(jsonschema.ValidationError, match=r"is not|was expected|unexpected|required|less than"):
         check_schema().validate(values)
 
 
@@ -275,10 +269,7 @@ def test_near(word: str, known: list[str], meant: str | None) -> None:
      ("prune/reep", "prune/reap"), ("distil/all", None)],
 )  # fmt: skip
 def test_near_stage(name: str, meant: str | None) -> None:
-    assert (
-        near_stage(name, ["calibrate/statistics", "cluster/hc-smoe", "prune/reap", "prune/frequency"])
-        == meant
-    )
+    assert near_stage(name, ["calibrate/statistics", "cluster/hc-smoe", "prune/reap", "prune/frequency"]) == meant
 
 
 @pytest.mark.parametrize(
