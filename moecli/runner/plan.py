@@ -268,7 +268,7 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step], source: M
             place = recipe.located.place(f"stages.{step.position}.run")
             line = f" above line {place.line}" if place else ""
             yield Diagnostic(
-                f"`{name}` comes from a model with {seen.router_rows} experts, but the model here has {facts.router_rows}",
+                f"`{name}` comes from a model with {seen.router_rows} experts, the model here has {facts.router_rows}",
                 place, f"add a `calibrate/statistics` stage{line}",
             )  # fmt: skip
 

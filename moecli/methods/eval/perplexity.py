@@ -45,8 +45,11 @@ class Perplexity(Options):
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if self.window is not None and not 2 <= self.window <= model.max_positions:
-            yield Problem("window", f"`window` must be between 2 and the model's {model.max_positions} positions, got {self.window}",
-                          hint=f"write `window: {model.max_positions}`")  # fmt: skip
+            yield Problem(
+                "window",
+                f"`window` must be between 2 and the model's {model.max_positions} positions, got {self.window}",
+                hint=f"write `window: {model.max_positions}`",
+            )
 
 
 @stage("eval/perplexity", version=1, on_source_too=True)

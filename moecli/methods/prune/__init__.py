@@ -26,7 +26,7 @@ class Prune(Options):
         if model.router_rows != model.experts:
             yield Problem(
                 "",
-                f"this model's {model.router_rows} router rows share {model.experts} merged experts and cannot be pruned",
+                f"{model.router_rows} router rows share {model.experts} merged experts here, which cannot be pruned",
                 hint="put `- run: router/row-drop` above this stage",
             )
         elif problem := keep_problem(model, self.keep):

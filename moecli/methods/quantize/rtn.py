@@ -67,9 +67,9 @@ class Rtn(Options):
 def rtn(opt: Rtn, model: Checkpoint, ctx: Context) -> Checkpoint:
     specs = {name: model.spec(name) for name in model.names()}
     targets = _targets(model.config, specs)
-    ignored = [
-        linear.name.removesuffix(".weight") for linear in linears_of(model.config, specs) if linear not in targets
-    ]
+    kept = [linear.name.removesuffix(".weight") for linear in linears_of(model.config, specs) if linear not in targets]
+    # A tied head has no tensor on disk, yet a module that the plain target `Linear` would match.
+    ignored = list(dict.fromkeys([*kept, "lm_head"]))
     config = dict(model.config) | {"quantization_config": quantization_config(opt.bits, opt.group_size, ignore=ignored)}
     with ctx.writer(model, config=config) as out:
         for layer in ctx.track(sorted({linear.layer for linear in targets}), "rounding"):
