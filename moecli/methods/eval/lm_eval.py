@@ -105,6 +105,7 @@ def _reporting_to(ctx: Context) -> Iterator[None]:
     from unittest.mock import patch
 
     import datasets
+    from lm_eval import evaluator
     from lm_eval.api import model, task
     from lm_eval.models import huggingface
 
@@ -117,6 +118,8 @@ def _reporting_to(ctx: Context) -> Iterator[None]:
         for module in (huggingface, model, task):
             if hasattr(module, "tqdm"):
                 undo.enter_context(patch.object(module, "tqdm", Bar))
+        # It would ask git for the commit of the current folder, which is not lm-eval's.
+        undo.enter_context(patch.object(evaluator, "get_git_commit_hash", lambda: None))
         for name in ("lm_eval", "datasets"):
             log = logging.getLogger(name)
             undo.callback(log.setLevel, log.level)

@@ -39,20 +39,14 @@ class Rtn(Options):
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if model.quantized:
-            yield Problem("", f"the model is quantized already ({model.quantized})", hint="start from its bf16 version")
-        widths = {
-            "model width": model.hidden,
-            "expert width": model.expert_width,
-            "shared width": model.shared_width,
-        }
-        for name, width in widths.items():
-            if width % self.group_size:
-                fits = [g for g in (128, 64, 32, 16) if all(w % g == 0 for w in widths.values())]
-                yield Problem(
-                    "group_size",
-                    f"`group_size` {self.group_size} does not divide the {name} {width}",
-                    hint=f"write `group_size: {fits[0]}`" if fits else None,
-                )
+            yield Problem("", f"the model is quantized already ({model.quantized})", hint="set `model` to a bfloat16 copy of it")
+        named = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
+        widths = {name: width for name, width in named.items() if width}
+        wrong = [f"{name} {width}" for name, width in widths.items() if width % self.group_size]
+        if wrong:
+            fits = [g for g in (128, 64, 32, 16) if all(width % g == 0 for width in widths.values())]
+            message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"
+            yield Problem("group_size", message, hint=f"write `group_size: {fits[0]}`" if fits else None)
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
         specs = dict(model.specs)
