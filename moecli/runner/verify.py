@@ -74,9 +74,7 @@ class Verification:
     def status(self) -> Literal["passed", "failed", "skipped"]:
         """`skipped` when nothing failed but something could not be checked here."""
         found = {check.status for check in self.checks}
-        return (
-            "failed" if self.problems or "failed" in found else "skipped" if "skipped" in found else "passed"
-        )
+        return "failed" if self.problems or "failed" in found else "skipped" if "skipped" in found else "passed"
 
     def as_json(self) -> dict[str, Any]:
         """For the report: status and checks."""
@@ -196,9 +194,7 @@ def compare(exported: Checkpoint, source: Checkpoint) -> tuple[dict[str, str], l
     for name in source.names():
         if name in names:
             old, new = source.spec(name), exported.spec(name)
-            accounting[name] = (
-                "kept" if old == new else f"rewritten from {list(old.shape)} to {list(new.shape)}"
-            )
+            accounting[name] = "kept" if old == new else f"rewritten from {list(old.shape)} to {list(new.shape)}"
         elif name.endswith(".weight") and packed_names(name).packed in names:
             accounting[name] = "dropped: packed"
         elif name in experts:
@@ -221,17 +217,11 @@ def _summary(accounting: Mapping[str, str]) -> str:
 
 def _tensor_problems(exported: Checkpoint, written: Checkpoint, accounting: Mapping[str, str]) -> list[str]:
     found, wanted = set(exported.names()), set(written.names())
-    problems = [
-        f"`{name}` is dropped without a reason" for name, words in accounting.items() if words == "dropped: "
-    ]
+    problems = [f"`{name}` is dropped without a reason" for name, words in accounting.items() if words == "dropped: "]
     problems += [f"`{name}` is missing from the folder" for name in written.names() if name not in found]
-    problems += [
-        f"`{name}` is in the folder, but no stage wrote it" for name in exported.names() if name not in wanted
-    ]
+    problems += [f"`{name}` is in the folder, but no stage wrote it" for name in exported.names() if name not in wanted]
     specs = ((name, exported.spec(name), written.spec(name)) for name in exported.names() if name in wanted)
-    problems += [
-        f"`{name}` is {_said(got)}, expected {_said(want)}" for name, got, want in specs if got != want
-    ]
+    problems += [f"`{name}` is {_said(got)}, expected {_said(want)}" for name, got, want in specs if got != want]
     return problems
 
 
@@ -247,9 +237,7 @@ def _shape_problems(exported: Checkpoint) -> list[str]:
 # -- routers ----
 
 
-def _router_problems(
-    exported: Checkpoint, written: StoredCheckpoint, source: StoredCheckpoint
-) -> Iterable[str]:
+def _router_problems(exported: Checkpoint, written: StoredCheckpoint, source: StoredCheckpoint) -> Iterable[str]:
     """The folder's routers hold the bits that the chain says, in the source's dtype."""
     import torch
 
@@ -284,11 +272,7 @@ def _router_state(new: Tensor, old: Tensor, axis: int) -> str:
         return "unchanged"
     rows = {row.tobytes() for row in _rows(old, axis)}
     same_dtype = new.dtype == old.dtype
-    return (
-        "rows of the source"
-        if same_dtype and all(r.tobytes() in rows for r in _rows(new, axis))
-        else "changed"
-    )
+    return "rows of the source" if same_dtype and all(r.tobytes() in rows for r in _rows(new, axis)) else "changed"
 
 
 def _rows(tensor: Tensor, axis: int) -> Iterable[Any]:
@@ -341,9 +325,7 @@ def fixed_tokens(facts: ModelFacts) -> list[list[int]]:
     return [ids[i * length : (i + 1) * length] for i in range(SEQUENCES)]
 
 
-def _reload(
-    exported: FolderCheckpoint, dense: DenseView, free_bytes: int | None
-) -> tuple[list[Check], list[str]]:
+def _reload(exported: FolderCheckpoint, dense: DenseView, free_bytes: int | None) -> tuple[list[Check], list[str]]:
     """The checks `reload` and `logits`, and their problems. `dense` is what the folder must compute."""
     needed = int(sum(dense.spec(name).bytes for name in dense.names()) * LOAD_FACTOR)
     free = available_bytes() if free_bytes is None else free_bytes
@@ -380,9 +362,7 @@ def _in_fresh_process(
     }
     trust = "trust" if "auto_map" in exported.config else "no"
     command = [sys.executable, "-P", "-c", _SCRIPT, str(exported.folder.resolve()), json.dumps(tokens)]
-    done = subprocess.run(
-        [*command, str(scratch), trust], cwd=scratch, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(scratch), trust], cwd=scratch, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         return {}, f"a fresh process cannot load the folder: {_why(done)}"
     report: dict[str, Any] = json.loads((scratch / "report.json").read_text("utf-8"))
@@ -395,9 +375,7 @@ def _why(done: subprocess.CompletedProcess[str]) -> str:
         return f"it was killed by signal {-done.returncode}"
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     words = ("MISSING", "UNEXPECTED", "MISMATCH", "CONVERSION")
-    tensors = [
-        f"`{line.split('|')[0].strip()}` {w.lower()}" for line in lines for w in words if f"| {w}" in line
-    ]
+    tensors = [f"`{line.split('|')[0].strip()}` {w.lower()}" for line in lines for w in words if f"| {w}" in line]
     last = lines[-1] if lines else f"exit code {done.returncode}"
     return "; ".join([*tensors[:_SHOWN], last])
 

@@ -99,9 +99,7 @@ class CompactQuantizer(HfQuantizer):
         if not self.quantization_config.packed:
             return weight_conversions
         conversions = [unpacking(conversion) for conversion in weight_conversions]
-        self._originals = {
-            id(ours): stock for ours, stock in zip(conversions, weight_conversions, strict=True)
-        }
+        self._originals = {id(ours): stock for ours, stock in zip(conversions, weight_conversions, strict=True)}
         guard = self.quantization_config.guard
         first = [guard_renaming(guard)] if guard else []
         return [*first, *conversions, packed_linears()]
@@ -225,9 +223,7 @@ class UnpackLinear(ConversionOps):
 
     hf_quantizer = True
 
-    def convert(
-        self, input_dict: Mapping[str, Any], full_layer_name: str, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
         parts = (_listed(input_dict[pattern])[0] for pattern in LINEAR_PARTS)
         return {full_layer_name: unpack(*parts)}
 

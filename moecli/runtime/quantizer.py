@@ -52,9 +52,7 @@ def register_when_transformers_loads() -> None:
 class _AfterQuantizers:
     """A finder of one module: asks the other finders and adds `register` to the end of its execution."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != QUANTIZERS:
             return None
         sys.meta_path.remove(self)
