@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moecli.core.artifacts import Checkpoint
-from moecli.core.errors import UsageError
+from moecli.core.errors import MoecliError, UsageError
 from moecli.core.model import TensorSpec
 from moecli.families import ALIAS_KEY, family_of
 from moecli.io.durable import natural_key
@@ -56,6 +56,9 @@ def export(
 
 def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
     """What `export` writes, as a checkpoint: config and tensors of the folder to be."""
+    for name in checkpoint.names():
+        if name.endswith(".weight_packed") and len(checkpoint.spec(name).shape) != 2:
+            raise MoecliError(f"`{name}` packs all experts of a layer in one tensor, which no loader reads")
     if kind == "expanded":
         return _Expanded(DenseView(checkpoint))
     if kind == "compact":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moecli.core.errors import UsageError
+from moecli.core.errors import MoecliError, UsageError
 from moecli.families.adapter import load_model
 from moecli.io.formats import DenseView
 from moecli.runner.export import choose, export
@@ -142,3 +142,9 @@ def test_a_compact_export_can_be_exported_again(tiny_model, tmp_path):
     export(opened(tmp_path / "model"), tmp_path / "expanded", "expanded")
     assert (loaded_logits(tmp_path / "expanded") - loaded_logits(tmp_path / "model")).abs().max() <= 0.05
     assert not (tmp_path / "expanded" / FILE_NAME).exists()
+
+
+def test_a_packed_stack_of_experts_is_refused(tiny_model, tmp_path):
+    chain = quantized(opened(tiny_model("granitemoe", dtype="bfloat16")), tmp_path / "chain")
+    with pytest.raises(MoecliError, match=r"input_linear.weight_packed` packs all experts of a layer in one tensor"):
+        export(chain, tmp_path / "model", "compact")
