@@ -27,6 +27,8 @@ from torch import Tensor
 
 from moecli.core.errors import UsageError
 from moecli.core.model import ScoreRule
+from moecli.engine.fused import Visits
+from moecli.ops.grouped import turn
 
 Need = Literal["outputs", "all_experts", "logits", "residual"]
 """What a collector reads of `Grouped`: `outputs` routed y, `all_experts` y of every expert for every token
@@ -73,6 +75,14 @@ class Grouped:
     """sum over A_t of g*y, as the model adds it to the stream"""
     coalesced: bool = False
     """True when `index_Tk` may hold -1."""
+    visits: Visits | None = None
+    """What the layer's own pass through the experts left, padding among it; None: outputs are computed anew"""
+    place_Tk: Tensor | None = None
+    """int64, where in `visits` each slot lies"""
+    whole: bool = False
+    """True when `visits` holds these tokens and no others, each slot a visit of its own."""
+    sum_experts: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    """x_TD -> sum over T of y of every expert, float32 [E, D]; None: `run_experts` on all pairs"""
     pair_rows: int = 1 << 15
     """Rows of `run_experts` in one call when all experts see all tokens."""
 
@@ -83,17 +93,23 @@ class Grouped:
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
-        """Sorted expert of each visit and its position in the flattened [T, k]."""
-        flat = self.index_Tk.flatten()
-        if not self.coalesced:
-            return torch.sort(flat, stable=True)
-        position = (flat >= 0).nonzero().flatten()
-        expert_S, order = torch.sort(flat[position], stable=True)
-        return expert_S, position[order]
+        """Sorted expert of each visit and its position in the flattened [T, k]. Slots that are part of an earlier one
+        come last, as visits of an expert after the last: their number is known to the device only.
+        """
+        if self.visits is not None and self.whole:
+            return self.visits.groups.expert_S, self.visits.groups.slot_S
+        flat = self.index_Tk.flatten().to(torch.int32)
+        if self.coalesced:
+            flat = flat.masked_fill(flat < 0, self.shape.experts)
+        return torch.sort(flat, stable=True)
+
+    def _passed(self, value_S: Tensor) -> Tensor:
+        """A value of `visits` in the order of this group."""
+        return value_S if self.whole else value_S[self.place_Tk.flatten()[self._sorted[1]]]
 
     @property
     def expert_S(self) -> Tensor:
-        """int64, ascending"""
+        """int32, ascending; E for what is no visit (see `coalesced`)"""
         return self._sorted[0]
 
     @cached_property
@@ -109,24 +125,42 @@ class Grouped:
     @cached_property
     def count_E(self) -> Tensor:
         """int64, visits of each expert"""
-        edges = torch.arange(self.shape.experts + 1, device=self.expert_S.device)
+        edges = torch.arange(self.shape.experts + 1, dtype=torch.int32, device=self.expert_S.device)
         return torch.searchsorted(self.expert_S, edges).diff()  # unlike bincount, nothing waits for the device
 
     @cached_property
     def output_SD(self) -> Tensor:
         """y of each visit, in the model's dtype"""
+        if self.visits is not None:
+            return self._passed(self.visits.output_SD)
         return self.run_experts(self.hidden_TD[self.row_S], self.expert_S)
 
     @cached_property
     def norm_S(self) -> Tensor:
         """float32, ||y||_2"""
+        if self.visits is not None:
+            return self._passed(self.visits.square_S).sqrt()
         return torch.linalg.vector_norm(self.output_SD, dim=-1, dtype=torch.float32)
+
+    @cached_property
+    def largest_S(self) -> Tensor:
+        """float32, max |y|"""
+        if self.visits is not None:
+            return self._passed(self.visits.largest_S)
+        return self.output_SD.abs().amax(-1).float()
+
+    @cached_property
+    def output_sum_ED(self) -> Tensor:
+        """float32, sum over all tokens of every expert's y"""
+        if self.sum_experts is not None:
+            return self.sum_experts(self.hidden_TD)
+        return self.all_output_ETD.sum(1, dtype=torch.float32)
 
     @cached_property
     def all_output_ETD(self) -> Tensor:
         """y of every expert for every token, in the model's dtype: E*T*D elements, so chunks are small."""
         per_call = max(1, self.pair_rows // max(1, self.tokens))
-        experts = torch.arange(self.shape.experts, device=self.hidden_TD.device).split(per_call)
+        experts = torch.arange(self.shape.experts, dtype=torch.int32, device=self.hidden_TD.device).split(per_call)
         return torch.cat([self._run_all(some_e) for some_e in experts])
 
     def _run_all(self, some_e: Tensor) -> Tensor:
@@ -287,9 +321,7 @@ class Easy(_Total):
     needs = frozenset({"outputs", "residual"})
 
     def of(self, grouped: Grouped) -> Tensor:
-        before = grouped.residual_TD.float()
-        after = before + grouped.routed_TD.float()
-        change_T = (1 - torch.cosine_similarity(before, after, dim=-1)).clamp(min=0)
+        change_T = turn(grouped.residual_TD, grouped.routed_TD)
         return grouped.sum_E(grouped.gate_S * grouped.norm_S * change_T[grouped.row_S])
 
 
@@ -302,7 +334,7 @@ class AbsMax(_Total):
     dtype = torch.float32
 
     def of(self, grouped: Grouped) -> Tensor:
-        return grouped.max_E(grouped.output_SD.abs().amax(-1).float())
+        return grouped.max_E(grouped.largest_S)
 
 
 class YMean(_Total):
@@ -317,7 +349,7 @@ class YMean(_Total):
         return (shape.experts, shape.hidden)
 
     def of(self, grouped: Grouped) -> Tensor:
-        return grouped.all_output_ETD.sum(1, dtype=torch.float32)
+        return grouped.output_sum_ED
 
 
 class LogitGram(_Total):

@@ -15,9 +15,10 @@ same way, with the true last hidden state put in at the last layer, so no code h
 Memory on the device: one layer's weights plus the activations of one batch; hidden states stay there too
 when they fit, else on the CPU. Embeddings and head are resident only at the start and the end.
 
-Un-gated outputs of experts are computed by the stock experts module on tokens sorted by expert, with one
-slot of weight 1, which holds for every family (biases, clamps, interleaving). So a statistic that needs
-them runs the routed experts twice: once inside the layer, once for itself. Fusing the two is the next step.
+On CUDA in bf16 the routed experts run once, in our own grouped pass that keeps their un-gated outputs
+(`engine.fused`, with the tolerance it states). Elsewhere, and for experts of another layout, un-gated outputs are
+computed by the stock experts module on tokens sorted by expert, with one slot of weight 1, which holds for
+every family (biases, clamps, interleaving): a statistic that needs them then runs the routed experts twice.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from moecli.core.errors import StageFailed
 from moecli.core.model import ModelFacts
 from moecli.engine.collectors import Collector, Grouped, LayerShape, collectors, needs_of
 from moecli.engine.data import Batch
+from moecli.engine.fused import FusedLayer, fused
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP
 
@@ -206,7 +208,8 @@ class SweptLayer:
     def outputs(self) -> list[Tensor]:
         """What the layer makes of each batch, [B, S, D], computed once for the weights as they are now."""
         if self._outputs is None:
-            self._outputs = [self._forward(i).to(self._home) for i in range(len(self._inputs))]
+            with fused(self.module, self.parts, keep=False):
+                self._outputs = [self._forward(i).to(self._home) for i in range(len(self._inputs))]
         return self._outputs
 
     @torch.no_grad()
@@ -219,14 +222,15 @@ class SweptLayer:
     def _observe(self, wanted: Sequence[Collector]) -> int:
         for collector in wanted:
             collector.start(self.shape, self._device)
-        tokens, outputs = 0, []
-        for i, run in enumerate(self._runs):
-            with _Probe(self.module, self.parts, needs_of(wanted), self.index) as probe:
-                outputs.append(self._forward(i).to(self._home))
-            seen = probe.tokens(run.rows, tokens, self.shape)
-            tokens += seen.tokens
-            _update(wanted, seen)
-            del probe, seen  # before the next batch: they hold several activations
+        needs, tokens, outputs = needs_of(wanted), 0, []
+        with fused(self.module, self.parts, keep="outputs" in needs) as fast:
+            for i, run in enumerate(self._runs):
+                with _Probe(self.module, self.parts, needs, self.index) as probe:
+                    outputs.append(self._forward(i).to(self._home))
+                seen = probe.tokens(run.rows, tokens, self.shape, fast)
+                tokens += seen.tokens
+                _update(wanted, seen)
+                del probe, seen  # before the next batch: they hold several activations
         self._outputs = outputs
         return tokens
 
@@ -287,7 +291,7 @@ class _Probe:
         taken = next(iter([*args, *kwargs.values()]))
         self.residual = next((before for before, after in self._norms if after is taken), None)
 
-    def tokens(self, rows: Tensor | None, seen: int, shape: LayerShape) -> Grouped:
+    def tokens(self, rows: Tensor | None, seen: int, shape: LayerShape, fast: FusedLayer) -> Grouped:
         """The batch's tokens without padding; `seen` tokens came before."""
         self._refuse_blind(shape)
         pick = (lambda x: x) if rows is None else (lambda x: x.index_select(0, rows))
@@ -295,14 +299,19 @@ class _Probe:
         hidden = pick(self.hidden)
         index, weight = _coalesced(experts, pick(self.index), pick(self.weight))
         scale = getattr(self._layer, "residual_multiplier", 1.0)
+        coalesced, visits = hasattr(experts, ALIAS_MAP), fast.take()
         return Grouped(
             shape=shape, hidden_TD=hidden, index_Tk=index, weight_Tk=weight,
             token_T=torch.arange(seen, seen + len(hidden), device=hidden.device),
             run_experts=lambda x_SD, expert_S: _run_experts(experts, x_SD, expert_S),
-            coalesced=hasattr(experts, ALIAS_MAP),
+            coalesced=coalesced,
             logits_TE=None if self.logits is None else pick(self.logits),
             residual_TD=None if self.residual is None else pick(_rows(self.residual)),
-            routed_TD=pick(self.routed) * scale,
+            routed_TD=pick(self.routed) if scale == 1 else pick(self.routed) * scale,
+            visits=visits,
+            place_Tk=None if visits is None else pick(visits.groups.place_Tk),
+            whole=rows is None and not coalesced,
+            sum_experts=None if fast.experts is None else fast.sum_all,
         )  # fmt: skip
 
     def _refuse_blind(self, shape: LayerShape) -> None:
@@ -322,16 +331,25 @@ class _Probe:
 
 
 def _update(wanted: Sequence[Collector], seen: Grouped) -> None:
-    """Chunks are as large as their outputs allow: k of them per token, or all E."""
+    """Chunks are as large as their outputs allow: k of them per token, or all E. Outputs that the layer's own pass left
+    need no chunks.
+    """
     heavy = [c for c in wanted if "all_experts" in c.needs]
     light = [c for c in wanted if "all_experts" not in c.needs]
-    for some, outputs_per_token in ((light, seen.index_Tk.shape[1]), (heavy, seen.shape.experts)):
-        for chunk in _chunks(seen, outputs_per_token) if some else ():
+    slots, experts = seen.index_Tk.shape[1], seen.shape.experts
+    for some, held, outputs_per_token in (
+        (light, seen.visits is not None, slots),
+        (heavy, seen.sum_experts is not None, experts),
+    ):
+        for chunk in _chunks(seen, outputs_per_token, held) if some else ():
             for collector in some:
                 collector.update(chunk)
 
 
-def _chunks(seen: Grouped, outputs_per_token: int) -> Iterator[Grouped]:
+def _chunks(seen: Grouped, outputs_per_token: int, held: bool) -> Iterator[Grouped]:
+    if held:
+        yield seen
+        return
     size = max(1, CHUNK_BYTES // (outputs_per_token * seen.hidden_TD.shape[1] * 4))
     per_token = ("hidden_TD", "index_Tk", "weight_Tk", "token_T", "logits_TE", "residual_TD", "routed_TD")
     for start in range(0, seen.tokens, size):
@@ -346,7 +364,8 @@ def _run_experts(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
     """
     stock = getattr(type(experts), "stock", type(experts))
     one = torch.ones(len(x_SD), 1, dtype=x_SD.dtype, device=x_SD.device)
-    return stock.forward(experts, x_SD, expert_S[:, None], one)
+    index_S1 = expert_S.clamp(max=experts.num_experts - 1).long()[:, None]
+    return stock.forward(experts, x_SD, index_S1, one)
 
 
 def _coalesced(experts: nn.Module, index_Tk: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:

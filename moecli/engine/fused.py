@@ -1,0 +1,194 @@
+"""What the engine runs in the place of a layer's stock modules, on CUDA in bf16: one grouped pass through the routed
+experts that keeps the un-gated outputs, and RMS norms that read their input once.
+
+The stock experts module gives only the weighted sum, so statistics of single outputs would run the experts twice;
+its norms and its weighting pass over memory many times. Products and roundings here follow the stock modules, only
+the order inside a sum differs: hidden states agree within a few units of bf16 rounding. fp32 models, other devices
+and experts of another layout (biases, transposed or interleaved storage) keep the stock modules and their exact bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecli.families import adapter
+from moecli.families.alias import ALIAS_MAP
+from moecli.ops import grouped
+
+_GATE_UP_BYTES = 512 << 20
+"""Largest intermediate of all experts on all tokens held at a time."""
+_GROUPED_MM_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """What one pass through the experts leaves behind. S = T*k visits, sorted by expert; padding is among them."""
+
+    groups: grouped.Groups
+    output_SD: Tensor
+    """y, un-gated"""
+    square_S: Tensor
+    """float32, ||y||^2"""
+    largest_S: Tensor
+    """float32, max |y|"""
+
+
+class FusedLayer:
+    """A decoder layer with its stock modules replaced; `visits` of the latest pass when they are asked for."""
+
+    def __init__(self, parts: adapter.MoeParts | None, keep: bool) -> None:
+        self.experts = parts.experts if parts is not None and _is_plain(parts.experts) else None
+        self._keep, self._visits = keep, None
+
+    def take(self) -> Visits | None:
+        """The latest pass, given away so that its memory can go."""
+        visits, self._visits = self._visits, None
+        return visits
+
+    def run(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Stands for the forward of the experts module."""
+        experts = self.experts
+        hidden_TD, index_Tk, weight_Tk = (x.reshape(-1, x.shape[-1]) for x in (hidden, index, weight))
+        alias_E = getattr(experts, ALIAS_MAP, None)
+        if alias_E is not None:
+            index_Tk = alias_E[index_Tk]
+        groups = grouped.group(index_Tk, experts.num_experts)
+        y_SD = run_sorted(experts, hidden_TD[groups.slot_S // index_Tk.shape[1]], groups.end_E)
+        found = grouped.combine(y_SD, groups.place_Tk, weight_Tk, read=self._keep)
+        if self._keep:
+            self._visits = Visits(groups, y_SD, found.square_S, found.largest_S)
+        return found.routed_TD.view(hidden.shape)
+
+    def sum_all(self, hidden_TD: Tensor) -> Tensor:
+        """Sum over tokens of y of every expert, float32 [E, D].
+
+        The sum is taken before the last product, which is linear: a third of the arithmetic is not needed.
+        """
+        experts = self.experts
+        rows = experts.gate_up_proj.shape[1]
+        per_call = max(1, _GATE_UP_BYTES // (len(hidden_TD) * rows * hidden_TD.element_size()))
+        sums = []
+        for some, down_EDF in zip(experts.gate_up_proj.split(per_call), experts.down_proj.split(per_call), strict=True):
+            gate_up_TEF = (hidden_TD @ some.flatten(0, 1).T).view(len(hidden_TD), len(some), rows)
+            inner_EF = _gated_sum(experts, gate_up_TEF)
+            sums.append(torch.bmm(down_EDF.float(), inner_EF[..., None])[..., 0])
+        return torch.cat(sums)
+
+
+def run_sorted(experts: nn.Module, x_SD: Tensor, end_E: Tensor) -> Tensor:
+    """Un-gated y of each row, rows sorted by expert."""
+    gate_up = grouped.linear(x_SD, experts.gate_up_proj, end_E)
+    del x_SD
+    inner_SF = grouped.silu_gate(gate_up) if _is_silu(experts) else experts._apply_gate(gate_up)
+    del gate_up
+    return grouped.linear(inner_SF, experts.down_proj, end_E)
+
+
+@contextmanager
+def fused(layer: nn.Module, parts: adapter.MoeParts | None, keep: bool) -> Iterator[FusedLayer]:
+    """Run `layer` with faster modules while this lasts. Where none fit, `FusedLayer.experts` is None and nothing
+    changes.
+    """
+    plan = FusedLayer(parts, keep)
+    with ExitStack() as undo:
+        if plan.experts is not None:
+            _patch(undo, plan.experts, plan.run)
+        for norm in filter(_is_plain_norm, layer.modules()):
+            _patch(undo, norm, _norm_of(norm))
+        yield plan
+
+
+def _patch(undo: ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """Only the instance: hooks still run, other layers do not notice."""
+    module.forward = forward
+    undo.callback(module.__dict__.pop, "forward")
+
+
+def suits(tensor: Tensor) -> bool:
+    """Whether grouped products of this tensor run on its device: bf16 on CUDA."""
+    if not tensor.is_cuda or tensor.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= _GROUPED_MM_CAPABILITY
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+def _is_plain(experts: nn.Module) -> bool:
+    """Gate and up in one [E, 2F, D], down in [E, D, F], no biases, nothing after; sizes in steps of 16 bytes."""
+    up, down = (getattr(experts, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(up, Tensor) or not isinstance(down, Tensor) or up.dim() != 3 or down.dim() != 3:
+        return False
+    names = {name for name, _ in experts.named_parameters()}
+    unusual = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    return (
+        names == {"gate_up_proj", "down_proj"}
+        and up.shape == (len(down), 2 * down.shape[2], down.shape[1])
+        and not any(getattr(experts, flag, False) for flag in unusual)
+        and getattr(experts, "has_gate", False)
+        and getattr(experts, "is_concatenated", True)
+        and all(size % 8 == 0 for size in down.shape[1:])
+        and suits(up)
+    )
+
+
+def _is_silu(experts: nn.Module) -> bool:
+    gate = getattr(type(experts), "_apply_gate", None)
+    stock = getattr(gate, "__name__", "") == "_default_apply_gate"
+    return stock and type(getattr(experts, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+
+
+def _gated_sum(experts: nn.Module, gate_up_TEF: Tensor) -> Tensor:
+    if _is_silu(experts):
+        return grouped.silu_gate_sum(gate_up_TEF)
+    return experts._apply_gate(gate_up_TEF).sum(0, dtype=torch.float32)
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+_PLAIN_NORMS: dict[type, bool] = {}
+"""Whether a class of norms computes what `ops.grouped.rms_norm` computes, found by trying."""
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or not suits(weight):
+        return False
+    if weight.dim() != 1 or _eps(module) is None:
+        return False
+    if type(module) not in _PLAIN_NORMS:
+        _PLAIN_NORMS[type(module)] = _agrees(module)
+    return _PLAIN_NORMS[type(module)]
+
+
+def _eps(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module) -> bool:
+    """Compare both once, on random values and with a weight that is neither 0 nor 1, so that norms which scale by
+    1 + weight or round elsewhere are told apart.
+    """
+    stock = module.weight
+    source = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(64, len(stock), generator=source)
+    weight = torch.rand(len(stock), generator=source) + 0.5
+    x, weight = x.to(stock), weight.to(stock)
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    try:
+        wanted = module(x)
+    finally:
+        module._parameters["weight"] = stock
+    found = grouped.rms_norm(x, weight, _eps(module))
+    return found.dtype == wanted.dtype and torch.allclose(found.float(), wanted.float(), rtol=2**-7, atol=0)
+
+
+def _norm_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: grouped.rms_norm(x, module.weight, _eps(module))
