@@ -87,14 +87,14 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[tuple] = []
 
-    def load(name: str, config: str | None, split: str) -> Any:
-        asked.append((name, config, split))
+    def load(name: str, config: str | None, split: str, revision: str | None) -> Any:
+        asked.append((name, config, split, revision))
         return datasets.Dataset.from_dict({"text": TEXTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_rows("Salesforce/wikitext[wikitext-2-raw-v1](test):3") == TEXTS[:3]
     assert read_rows("org/name") == TEXTS
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), ("org/name", None, "train")]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None), ("org/name", None, "train", None)]
     with pytest.raises(SurroundingsError, match="`org/name` has no field `body`; it has `text`"):
         read_rows("org/name", "body")
 
