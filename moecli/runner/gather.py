@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from moecli import __version__
 from moecli.core.artifacts import CalibrationStats, Checkpoint, Evaluation, ExpertPlan
@@ -45,7 +46,7 @@ def gather(execution: Execution) -> Report:
     origin = execution.origin
     env = environment(execution.device)
     return Report(
-        name=plan.recipe.name or execution.run.path.name,
+        name=plan.recipe.name or Path(plan.recipe.path).stem or execution.run.path.name,
         created_by=__version__,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         recipe=resolved_yaml(plan.recipe, plan.options),

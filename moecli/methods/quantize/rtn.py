@@ -39,7 +39,9 @@ class Rtn(Options):
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if model.quantized:
-            yield Problem("", f"the model is quantized already ({model.quantized})", hint="set `model` to a bfloat16 copy of it")
+            yield Problem(
+                "", f"the model is quantized already ({model.quantized})", hint="set `model` to a bfloat16 copy of it"
+            )
         named = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
         widths = {name: width for name, width in named.items() if width}
         wrong = [f"{name} {width}" for name, width in widths.items() if width % self.group_size]

@@ -1,0 +1,687 @@
+"""The report of a run as data (`report.json`), and the page a terminal or a pull request shows (`report.md`).
+
+The runner gathers plain values; everything shown later is a pure function of them. Whatever a run did not do is
+None or empty here, and each page says so in words instead of leaving a hole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moecli.core.artifacts import Evaluation
+from moecli.core.errors import MoecliError, SurroundingsError
+
+SCHEMA = 1
+"""Version of `report.json`. Raised when an older reader could misread a newer file."""
+
+PARTS = ("experts", "attention", "router", "shared", "embeddings", "other")
+"""Parts of a model whose bytes are reported, in the order of tables and figures."""
+
+CLEAR_ERRORS = 2.0
+"""A difference counts as clear when it is larger than this many standard errors of the difference."""
+
+Part = Literal["experts", "attention", "router", "shared", "embeddings", "other"]
+Reading = Literal["better", "worse", "changed", "no clear change", "not compared"]
+
+
+class Record(BaseModel):
+    """Frozen, no unknown names; infinities survive JSON as strings."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        serialize_by_alias=True,
+        validate_by_alias=True,
+        validate_by_name=True,
+        ser_json_inf_nan="strings",
+        use_attribute_docstrings=True,
+    )
+
+
+class SourceRecord(Record):
+    """The model a run started from."""
+
+    name: str
+    kind: Literal["hub", "folder", "demo"] = "hub"
+    revision: str | None = None
+    digest: str | None = None
+
+
+class Environment(Record):
+    """Where a run happened."""
+
+    python: str
+    torch: str
+    transformers: str
+    device: str
+    packages: dict[str, str] = {}
+    """Further packages that matter to the numbers, name -> version."""
+
+
+class StageRecord(Record):
+    """One stage of the recipe as it was run."""
+
+    name: str
+    id: str
+    key: str
+    cached: bool
+    seconds: float
+    """What the stage took when it ran: for a cached stage, in the earlier run."""
+    peak_cpu_bytes: int | None = None
+    peak_gpu_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    papers: tuple[str, ...] = ()
+    """arXiv numbers such as `2510.13999`."""
+
+
+class SizeSide(Record):
+    """A model's size. `parameters` counts weights as the model uses them, however they are packed."""
+
+    bytes: int
+    parameters: int
+    experts: tuple[int, ...] = ()
+    """Experts stored, per MoE layer."""
+    router_rows: tuple[int, ...] = ()
+    """Rows of the router, per MoE layer."""
+    by_part: dict[Part, int] = {}
+    """Bytes by part of the model."""
+
+
+class SizeRecord(Record):
+    """Size before and after; `after` is None when the run stopped before it wrote a model."""
+
+    before: SizeSide
+    after: SizeSide | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times smaller the files are."""
+        return self.before.bytes / self.after.bytes if self.after and self.after.bytes else None
+
+
+class MetricRow(Record):
+    """One metric of one task on the source model and on the result."""
+
+    task: str
+    metric: str
+    before: float | None = None
+    before_stderr: float | None = None
+    after: float | None = None
+    after_stderr: float | None = None
+    samples: int | None = None
+    higher_is_better: bool | None = None
+
+    @property
+    def delta(self) -> float | None:
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    @property
+    def delta_stderr(self) -> float | None:
+        """Standard error of the difference if both evaluations were independent: sqrt(se_before^2 + se_after^2).
+
+        They answer the same questions, so the true error is usually smaller: a clear change here is clear.
+        """
+        if self.before_stderr is None or self.after_stderr is None:
+            return None
+        return math.hypot(self.before_stderr, self.after_stderr)
+
+    @property
+    def reading(self) -> Reading:
+        """The difference in words. Without standard errors every difference counts as clear."""
+        if self.delta is None or math.isnan(self.delta):
+            return "not compared"
+        if abs(self.delta) <= CLEAR_ERRORS * (self.delta_stderr or 0.0):
+            return "no clear change"
+        if self.higher_is_better is None:
+            return "changed"
+        return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+
+
+class Calibration(Record):
+    """How the calibration statistics came about."""
+
+    source: dict[str, Any] = {}
+    """As `CalibrationStats.source` has it: data set, samples, tokens, seed, dtype."""
+    tokens: int
+    """Tokens that went through each MoE layer."""
+
+
+class Dendrogram(Record):
+    """Clusters of one layer: SciPy's linkage matrix [E-1, 4] and the group of each expert [E]."""
+
+    linkage: tuple[tuple[float, float, float, float], ...]
+    groups: tuple[int, ...]
+
+
+class Figures(Record):
+    """Data of the figures, by layer index; expert ids are those of the source model."""
+
+    load: dict[int, tuple[int, ...]] = {}
+    """Tokens routed to each expert [E]."""
+    dendrograms: dict[int, Dendrogram] = {}
+    kept: dict[int, tuple[int, ...]] = {}
+    """Experts that still have a router row or lead their group, ascending."""
+    groups: dict[int, tuple[int, ...]] = {}
+    """Group of each expert [E], -1 for a dropped one."""
+
+    def homes(self, layer: int) -> tuple[int | None, ...]:
+        """For each source expert of a layer, the one that holds it now: itself, its group's lead, None if dropped.
+
+        Empty when nothing is known of the layer. Without `kept`, the smallest member stands for its group.
+        """
+        groups, kept = self.groups.get(layer), self.kept.get(layer)
+        if groups is None:
+            experts = len(self.load.get(layer, ())) or max(kept or (-1,)) + 1
+            return () if kept is None else tuple(e if e in kept else None for e in range(experts))
+        leads: dict[int, int] = {}
+        for expert in [*(e for e in kept or () if e < len(groups)), *range(len(groups))]:
+            leads.setdefault(groups[expert], expert)
+        leads.pop(-1, None)
+        return tuple(leads.get(group) for group in groups)
+
+
+class Check(Record):
+    """One check of the written model."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+class Verification(Record):
+    """What `verify` found of the written model."""
+
+    status: Literal["passed", "failed", "skipped"]
+    checks: tuple[Check, ...] = ()
+
+
+class Report(Record):
+    """Everything a run leaves to say. `created` is the only time of day in it."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    name: str
+    created_by: str
+    """Version of moecli."""
+    created: str | None = None
+    """ISO 8601, or None."""
+    recipe: str
+    """The resolved recipe, YAML text."""
+    source: SourceRecord
+    environment: Environment
+    stages: tuple[StageRecord, ...] = ()
+    export: Literal["stock", "compact", "expanded"] | None = None
+    size: SizeRecord | None = None
+    metrics: tuple[MetricRow, ...] = ()
+    calibration: Calibration | None = None
+    figures_data: Figures = Figures()
+    verification: Verification | None = None
+    warnings: tuple[str, ...] = ()
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html` to `folder`, made if missing."""
+    from moecli.runner.report_html import render_html
+
+    folder.mkdir(parents=True, exist_ok=True)
+    value = json.loads(report.model_dump_json())
+    _write(folder / "report.json", _compact_json(value) + "\n")
+    _write(folder / "report.md", render_markdown(report))
+    _write(folder / "report.html", render_html(report))
+
+
+def load(folder: Path) -> Report:
+    """Read `report.json` of a folder.
+
+    Raises SurroundingsError when it is missing and MoecliError when it is damaged or newer than this reader.
+    """
+    path = folder / "report.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SurroundingsError(f"no report at {path}", hint="`moecli run RECIPE` writes one when it ends") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MoecliError(f"{path} is not JSON ({error.msg}, line {error.lineno})", hint=_REWRITE) from error
+    version = value.get("schema") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise MoecliError(
+            f"{path} has format {version}, this moecli reads up to {SCHEMA}", hint="`pip install --upgrade moecli`"
+        )
+    try:
+        return Report.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the top level"
+        raise MoecliError(f"{path} is damaged at {where}: {first['msg']}", hint=_REWRITE) from error
+
+
+_REWRITE = "`moecli run RECIPE` writes it again, finished stages are not repeated"
+
+
+def write_card(report: Report, folder: Path) -> None:
+    """Write the model card `README.md` beside the weights in `folder`."""
+    from moecli.runner.card import render_card
+
+    _write(folder / "README.md", render_card(report, report.source.name if report.source.kind == "hub" else None))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
+
+
+def _compact_json(value: Any, indent: str = "") -> str:
+    """JSON a person can diff: objects and lists of objects spread out, lists of numbers on one line."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        items = [f"{inner}{json.dumps(k)}: {_compact_json(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return "[\n" + ",\n".join(inner + _compact_json(item, inner) for item in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def metric_rows(before: Evaluation | None, after: Evaluation | None) -> tuple[MetricRow, ...]:
+    """Pair two evaluations by task and metric, in order of first appearance; either side may be missing.
+
+    `samples` is the smaller number when the sides differ.
+    """
+    sides = [{(m.task, m.metric): m for m in side.metrics} if side else {} for side in (before, after)]
+    rows = []
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        old, new = sides[0].get(key), sides[1].get(key)
+        known = [m for m in (old, new) if m is not None]
+        rows.append(
+            MetricRow(
+                task=key[0],
+                metric=key[1],
+                before=old.value if old else None,
+                before_stderr=old.stderr if old else None,
+                after=new.value if new else None,
+                after_stderr=new.stderr if new else None,
+                samples=min(m.samples for m in known),
+                higher_is_better=known[-1].higher_is_better,
+            )
+        )
+    return tuple(rows)
+
+
+# -- words for numbers ---------------------------------------------------------------------------------------------
+
+
+def bytes_text(count: float) -> str:
+    """Three digits with a binary unit: `61.2 GiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    step = 0
+    while abs(count) >= 1023.5 and step < len(units) - 1:
+        count, step = count / 1024, step + 1
+    digits = 0 if step == 0 or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
+    return f"{count:.{digits}f} {units[step]}"
+
+
+def count_text(count: int) -> str:
+    """`30.5 B` for large counts, `1,234` for small ones."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}" if count < 999.5 * size else f"{count / size:.0f} {letter}"
+    return f"{count:,}"
+
+
+def duration_text(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `3 min 05 s`, `2 h 14 min`"""
+    if seconds < 59.95:
+        return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number_text(value: float | None, *, signed: bool = False) -> str:
+    """Four decimals below ten, as evaluation harnesses print; fewer above; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    sign = "+" if signed else ""
+    if not math.isfinite(value):
+        return f"{value:{sign}}"
+    size = abs(value)
+    return f"{value:{sign}.4f}" if size < 10 else f"{value:{sign}.2f}" if size < 10_000 else f"{value:{sign}.4g}"
+
+
+def value_text(value: float | None, stderr: float | None, *, signed: bool = False) -> str:
+    """`0.7412 ± 0.0088`, or the value alone."""
+    text = number_text(value, signed=signed)
+    return text if value is None or stderr is None else f"{text} ± {number_text(stderr)}"
+
+
+def metric_name(row: MetricRow) -> str:
+    """The metric with the direction that is better: `acc ↑`."""
+    return row.metric + {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
+
+
+def per_layer_text(counts: Sequence[int]) -> str:
+    """`64`, or `48 to 64 (mean 56.2)` where layers differ."""
+    if not counts:
+        return "–"
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,} (mean {sum(counts) / len(counts):.1f})"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+# -- what the numbers say ------------------------------------------------------------------------------------------
+
+
+def verdict(report: Report) -> str:
+    """One line: what was gained, what it cost, and whether the model may be used."""
+    parts = [*_verification_words(report.verification), _size_words(report.size), _metric_words(report.metrics)]
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
+
+
+def _verification_words(verification: Verification | None) -> list[str]:
+    if verification is None or verification.status != "failed":
+        return []
+    failed = ", ".join(check.name for check in verification.checks if not check.passed)
+    return [f"do not use this model, verification failed ({failed})" if failed else "do not use this model, verification failed"]
+
+
+def _size_words(size: SizeRecord | None) -> str:
+    if size is None:
+        return "size not recorded"
+    before, after = size.before, size.after
+    if after is None:
+        return f"no model was written (the source has {bytes_text(before.bytes)})"
+    if before.bytes == after.bytes:
+        words = f"same size, {bytes_text(before.bytes)}"
+    else:
+        ratio = size.ratio or math.inf
+        change = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
+        words = f"{change} ({bytes_text(before.bytes)} → {bytes_text(after.bytes)})"
+    if before.experts and after.experts and before.experts != after.experts:
+        words += f", {per_layer_text(before.experts)} → {per_layer_text(after.experts)} experts per layer"
+    return words
+
+
+def _metric_words(metrics: Sequence[MetricRow]) -> str:
+    compared = [row for row in metrics if row.reading != "not compared"]
+    if not metrics:
+        return "quality not measured"
+    if not compared:
+        return "quality not compared with the source"
+    count = {r: sum(row.reading == r for row in compared) for r in ("better", "worse", "changed", "no clear change")}
+    words = [f"{count['worse']} of {plural(len(compared), 'metric')} clearly worse"]
+    worst = max((r for r in compared if r.reading == "worse"), key=_errors_apart, default=None)
+    if worst:
+        words[0] += f" (most: {worst.task} {worst.metric} {number_text(worst.before)} → {number_text(worst.after)})"
+    words += [f"{count['better']} clearly better"]
+    words += [f"{count['changed']} changed"] if count["changed"] else []
+    words += [f"{count['no clear change']} without clear change"] if count["no clear change"] else []
+    return ", ".join(words)
+
+
+def _errors_apart(row: MetricRow) -> float:
+    return abs(row.delta or 0.0) / (row.delta_stderr or 1e-12)
+
+
+class LayerCoverage(BaseModel):
+    """Tokens per expert of one layer during calibration."""
+
+    layer: int
+    experts: int
+    least: int
+    median: float
+    most: int
+    starved: tuple[int, ...]
+    """Experts that no token reached."""
+
+
+def coverage(figures: Figures) -> tuple[LayerCoverage, ...]:
+    """Coverage by layer, in order; empty when no expert load was recorded."""
+    return tuple(_layer_coverage(layer, counts) for layer, counts in sorted(figures.load.items()) if counts)
+
+
+def _layer_coverage(layer: int, counts: Sequence[int]) -> LayerCoverage:
+    ordered, half = sorted(counts), len(counts) // 2
+    median = ordered[half] if len(counts) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    starved = tuple(expert for expert, count in enumerate(counts) if count == 0)
+    return LayerCoverage(
+        layer=layer, experts=len(counts), least=ordered[0], median=median, most=ordered[-1], starved=starved
+    )
+
+
+def coverage_text(layers: Sequence[LayerCoverage]) -> str:
+    """One sentence on the experts that calibration did not reach."""
+    if not layers:
+        return "No expert load was recorded in this run."
+    experts, starved = sum(c.experts for c in layers), sum(len(c.starved) for c in layers)
+    reach = (
+        f"Every one of the {experts:,} experts was reached"
+        if not starved
+        else f"{starved:,} of {plural(experts, 'expert')} ({100 * starved / experts:.1f} %) saw no token"
+    )
+    least = min(layers, key=lambda c: c.least)
+    return f"{reach}; the least used expert saw {plural(least.least, 'token')} (layer {least.layer})."
+
+
+def size_rows(size: SizeRecord) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, what is left) for the size table of every page."""
+    before, after = size.before, size.after
+
+    def row(
+        what: str, value: Callable[[SizeSide], int], text: Callable[[int], str]
+    ) -> tuple[str, str, str, str]:
+        old, new = value(before), value(after) if after else None
+        left = f"{100 * new / old:.1f} %" if old and new is not None else "–"
+        return what, text(old), "–" if new is None else text(new), left
+
+    rows = [row("total", lambda s: s.bytes, bytes_text), row("parameters", lambda s: s.parameters, count_text)]
+    rows += [row(part, lambda s, part=part: s.by_part.get(part, 0), bytes_text) for part in parts_of(size)]  # type: ignore[misc]
+    kept = (per_layer_text(after.experts), per_layer_text(after.router_rows)) if after else ("–", "–")
+    rows += [("experts per layer", per_layer_text(before.experts), kept[0], _left(before, after, "experts"))]
+    rows += [("router rows per layer", per_layer_text(before.router_rows), kept[1], _left(before, after, "router_rows"))]
+    return rows
+
+
+def _left(before: SizeSide, after: SizeSide | None, name: Literal["experts", "router_rows"]) -> str:
+    old, new = sum(getattr(before, name)), sum(getattr(after, name)) if after else 0
+    return f"{100 * new / old:.1f} %" if old and new else "–"
+
+
+def parts_of(size: SizeRecord) -> list[Part]:
+    """Parts with bytes on either side, in the order of PARTS."""
+    sides = [size.before, size.after or size.before]
+    return [part for part in PARTS if any(side.by_part.get(part) for side in sides)]  # type: ignore[misc]
+
+
+def experts_left(figures: Figures, layer: int) -> str:
+    """Experts of a layer after the run: `0 3 7` or `0(2,5) 3 7(1)`, with what was merged into each in brackets."""
+    homes = figures.homes(layer)
+    merged: dict[int, list[int]] = {}
+    for expert, home in enumerate(homes):
+        if home is not None:
+            merged.setdefault(home, []).append(expert)
+    texts = []
+    for home, members in sorted(merged.items()):
+        others = ",".join(str(m) for m in members if m != home)
+        texts.append(f"{home}({others})" if others else str(home))
+    return " ".join(texts)
+
+
+# -- markdown ------------------------------------------------------------------------------------------------------
+
+
+def render_markdown(report: Report) -> str:
+    """The report as Markdown, a pure function of report.json."""
+    sections = [
+        f"# {report.name}\n\n**{verdict(report)}.**",
+        *([_md_warnings(report.warnings)] if report.warnings else []),
+        f"## Quality\n\n{metrics_markdown(report.metrics)}",
+        f"## Size\n\n{size_markdown(report.size)}",
+        f"## Calibration\n\n{_md_calibration(report)}",
+        f"## Stages\n\n{_md_stages(report.stages)}",
+        f"## Verification\n\n{_md_verification(report.verification)}",
+        f"## Recipe\n\n{fenced(report.recipe, 'yaml')}",
+        f"## Versions\n\n{_md_versions(report)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """A pipe table; `right` are the columns to align right."""
+    rule = ["---:" if i in set(right) else "---" for i in range(len(head))]
+    lines = [list(head), rule, *([_cell(text) for text in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def metrics_markdown(metrics: Sequence[MetricRow]) -> str:
+    """The metric table with its reading, or a line that says that nothing was measured."""
+    if not metrics:
+        return "No evaluation in this run: what the smaller model lost is not known."
+    head = ["task", "metric", "before", "after", "difference", "samples", "reading"]
+    rows = [
+        [
+            row.task,
+            metric_name(row),
+            value_text(row.before, row.before_stderr),
+            value_text(row.after, row.after_stderr),
+            value_text(row.delta, row.delta_stderr, signed=True),
+            "–" if row.samples is None else f"{row.samples:,}",
+            row.reading,
+        ]
+        for row in metrics
+    ]
+    return markdown_table(head, rows, right=(2, 3, 4, 5)) + "\n\n" + METRIC_LEGEND
+
+
+METRIC_LEGEND = (
+    "± is one standard error. The error of a difference treats both evaluations as independent; "
+    "a change is called clear when it exceeds two of them. ↑ higher is better, ↓ lower is better."
+)
+
+
+def size_markdown(size: SizeRecord | None) -> str:
+    """The size table, or a line that says that sizes are missing."""
+    if size is None:
+        return "Sizes were not recorded in this run."
+    table = markdown_table(["", "before", "after", "left"], size_rows(size), right=(1, 2, 3))
+    return table if size.after else table + "\n\nNo model was written in this run."
+
+
+def _md_warnings(warnings: Sequence[str]) -> str:
+    return "## Warnings\n\n" + "\n".join(f"- {_line(text)}" for text in warnings)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _md_calibration(report: Report) -> str:
+    if report.calibration is None and not report.figures_data.load:
+        return "No calibration in this run."
+    layers, lines = coverage(report.figures_data), []
+    if report.calibration:
+        lines += [f"- {name}: {text}" for name, text in calibration_rows(report.calibration)] + [""]
+    lines += [coverage_text(layers)]
+    if layers:
+        head = ["layer", "experts", "least", "median", "most", "without a token"]
+        rows = [
+            [str(c.layer), f"{c.experts:,}", f"{c.least:,}", f"{c.median:,.0f}", f"{c.most:,}", f"{len(c.starved):,}"]
+            for c in layers
+        ]
+        lines += ["", markdown_table(head, rows, right=range(6))]
+    return "\n".join(lines)
+
+
+def calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
+    """(name, text) of what is known of the calibration data."""
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in calibration.source.items() if name != "tokens"]
+    return [*rows, ("tokens through each MoE layer", f"{calibration.tokens:,}")]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else _line(str(value))
+
+
+def _md_stages(stages: Sequence[StageRecord]) -> str:
+    if not stages:
+        return "No stage was run."
+    head = ["stage", "id", "key", "state", "time", "CPU peak", "GPU peak"]
+    rows = [
+        [s.name, s.id, s.key[:12], stage_state(s), duration_text(s.seconds), peak_text(s.peak_cpu_bytes), peak_text(s.peak_gpu_bytes)]
+        for s in stages
+    ]  # fmt: skip
+    text = markdown_table(head, rows, right=(4, 5, 6)) + "\n\n" + stages_text(stages)
+    notes = [f"- {s.id}: {_line(note)}" for s in stages for note in s.notes]
+    return text + ("\n\nNotes:\n\n" + "\n".join(notes) if notes else "")
+
+
+def stage_state(stage: StageRecord) -> str:
+    return "cached" if stage.cached else "run"
+
+
+def peak_text(peak_bytes: int | None) -> str:
+    return "–" if peak_bytes is None else bytes_text(peak_bytes)
+
+
+def stages_text(stages: Sequence[StageRecord]) -> str:
+    """What of the times belongs to this run."""
+    cached = sum(s.cached for s in stages)
+    spent = duration_text(sum(s.seconds for s in stages if not s.cached))
+    if not cached:
+        return f"All stages together took {spent}."
+    return f"This run took {spent}; {plural(cached, 'stage')} came from an earlier run, shown with the time it took then."
+
+
+def _md_verification(verification: Verification | None) -> str:
+    if verification is None:
+        return "The written model was not verified in this run."
+    lines = [f"Status: {verification.status}."]
+    if verification.checks:
+        rows = [[c.name, "passed" if c.passed else "FAILED", c.detail] for c in verification.checks]
+        lines += ["", markdown_table(["check", "result", "detail"], rows)]
+    return "\n".join(lines)
+
+
+def version_rows(report: Report) -> list[tuple[str, str]]:
+    """(name, text) of versions, device and source."""
+    source, environment = report.source, report.environment
+    rows = [("source model", source.name), ("revision", source.revision), ("digest", source.digest)]
+    rows += [("export", report.export), ("moecli", report.created_by)]
+    rows += [(name, getattr(environment, name)) for name in ("python", "torch", "transformers")]
+    rows += sorted(environment.packages.items())
+    rows += [("device", environment.device), ("created", report.created)]
+    return [(name, text) for name, text in rows if text]
+
+
+def _md_versions(report: Report) -> str:
+    return "\n".join(f"- {name}: {_line(text)}" for name, text in version_rows(report))
