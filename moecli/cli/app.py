@@ -140,10 +140,13 @@ def clean(
         folder = RunFolder(run, create=False)
         _recipe_of(folder.path)
         with folder.lock():
-            gone = [s for s in folder.stages() if not (keep_stats and s.name.startswith("calibrate/"))]
+            gone: list[Any] = [s for s in folder.stages() if not (keep_stats and s.name.startswith("calibrate/"))]
             removed = [{"stage": s.name, "key": s.key, "bytes": s.bytes()} for s in gone]
-            for stage in [] if dry_run else gone:
-                stage.remove()
+            if folder.parts.path.is_dir() and not keep_stats:
+                removed.append({"stage": "shared parts", "key": "", "bytes": folder.parts.bytes()})
+                gone.append(folder.parts)
+            for item in [] if dry_run else gone:
+                item.remove()
     document = {"run": run, "dry_run": dry_run, "removed": removed, "bytes": sum(s["bytes"] for s in removed)}
     _emit(document, lambda: show.clean_text(document), json_)
 

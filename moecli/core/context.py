@@ -22,12 +22,20 @@ class Context(Protocol):
     """CPU generator seeded from the recipe's seed and the stage's key."""
     seed: int
     """The recipe's seed, for libraries that want a number."""
+    input_keys: Mapping[str, str]
+    """Input name -> key of the artifact it holds, for the keys of shared parts."""
 
     def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
         """The finished part `name` of this stage, made now if it is not there: parts survive a crash."""
         ...
 
     def has_part(self, name: str) -> bool: ...
+
+    def shared_part(self, key: str, kind: type[A], make: Callable[[], A]) -> A:
+        """Like `part`, for what stages under other keys use too: `key` names everything it depends on."""
+        ...
+
+    def has_shared_part(self, key: str) -> bool: ...
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
         """Iterate with progress and ETA."""

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -46,6 +47,10 @@ class Options(BaseModel):
     def resolve(self, needs: tuple[str, ...]) -> Self:
         """These options with what depends on later stages written out; `needs` are their statistics, sorted."""
         return self
+
+    def identity(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """Values that enter the key in place of some options' own; `digest` gives the sha256 of a file or folder."""
+        return {}
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         """What cannot work for this model, from facts alone. Facts are those at this point of the recipe."""

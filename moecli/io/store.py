@@ -4,6 +4,7 @@
     runs/<name>/events.jsonl                         one JSON object a line
     runs/<name>/stages/<kind-name>/<key>/            a finished stage: complete because it has no suffix
     runs/<name>/stages/<kind-name>/<key>.partial/    a stage being made, with the parts that are finished
+    runs/<name>/parts/<key>.json                     a part that stages under several keys use
 
 A folder gets its final name by one rename, after everything in it was synced, its manifest last.
 """
@@ -86,6 +87,11 @@ class RunFolder:
         }
         return (StageFolder(path) for path in sorted(found))
 
+    @property
+    def parts(self) -> SharedParts:
+        """Parts that stages under several keys use."""
+        return SharedParts(self.path / "parts")
+
     def write_text(self, name: str, text: str) -> None:
         """A file of the run, atomically. `name` may lie in a folder below, such as `report/report.md`."""
         durable.write_text(self.path / name, text)
@@ -133,11 +139,39 @@ def _folder_name(stage_name: str) -> str:
 
 def redo_hint(folder: Path) -> str | None:
     """What to type when something inside a stage's folder is damaged; None outside of a run."""
+    if folder.name == "parts" and (folder.parent / "recipe.yaml").exists():
+        return f"`moecli clean {folder.parent}` drops it, the next run makes it again"
     for stage_folder in (folder, *folder.parents):
         if stage_folder.parent.parent.name == "stages":
             name = stage_folder.parent.name.replace("-", "/", 1)
             return f"`moecli run {stage_folder.parents[2] / 'recipe.yaml'} --redo {name}` makes it again"
     return None
+
+
+class SharedParts:
+    """Parts in one folder, each under a key that names everything it depends on; they outlive the stages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def part(self, key: str, kind: type[A], make: Callable[[], A]) -> A:
+        """The part under `key`, or `make()` saved as such; both come back as unpacked from what is saved."""
+        if self.has(key):
+            return load_artifact(self.path, key, kind)
+        return kind.unpack(save_artifact(self.path, key, make()))
+
+    def has(self, key: str) -> bool:
+        return (self.path / f"{file_safe(key)}.json").is_file()
+
+    def bytes(self) -> int:
+        """Size on disk."""
+        return sum(f.lstat().st_size for f in self.path.rglob("*") if f.is_file()) if self.path.is_dir() else 0
+
+    def remove(self) -> None:
+        """Deletes all of them, each one's description first: a crash in the middle leaves no part half there."""
+        for description in self.path.glob("*.json"):
+            description.unlink()
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class StageFolder:

@@ -19,7 +19,7 @@ from moecli import __version__
 from moecli.core.artifacts import Artifact, Checkpoint, CheckpointWriter
 from moecli.core.errors import StageFailed, SurroundingsError, UsageError
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
-from moecli.io.store import RunFolder, StageFolder
+from moecli.io.store import RunFolder, SharedParts, StageFolder
 from moecli.recipe.schema import resolved_yaml
 from moecli.runner import lookup
 from moecli.runner.open import OpenedRecipe
@@ -51,6 +51,7 @@ class StageContext:
     device: torch.device
     seed: int
     emit: Listener
+    parts: SharedParts
     notes: list[str] = field(default_factory=list)
     records: dict[str, Any] = field(default_factory=dict)
 
@@ -58,12 +59,19 @@ class StageContext:
         self._task: tuple[str, int] | None = None
         self._started = 0.0
         self.rng = torch.Generator().manual_seed(int(self.step.key[:15], 16))
+        self.input_keys: Mapping[str, str] = self.step.identity["inputs"]
 
     def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
         return self.folder.part(name, kind, make)
 
     def has_part(self, name: str) -> bool:
         return self.folder.has_part(name)
+
+    def shared_part(self, key: str, kind: type[A], make: Callable[[], A]) -> A:
+        return self.parts.part(key, kind, make)
+
+    def has_shared_part(self, key: str) -> bool:
+        return self.parts.has(key)
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
         for done, item in enumerate(items):
@@ -135,7 +143,7 @@ class Execution:
     def _run(self, step: Step, folder: StageFolder) -> dict[str, Any]:
         self.emit({"event": "stage_started", "stage": step.label, "key": step.key})
         folder.begin()
-        ctx = StageContext(step, folder, self.device, self.plan.recipe.seed, self.emit)
+        ctx = StageContext(step, folder, self.device, self.plan.recipe.seed, self.emit, self.run.parts)
         inputs = {name: self.artifact(i, step.stage.inputs[name].type) for name, i in step.inputs.items()}
         missing = {name: None for name, wanted in step.stage.inputs.items() if wanted.optional and name not in inputs}
         _reset_peaks(self.device)

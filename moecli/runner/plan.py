@@ -289,7 +289,9 @@ def _place(recipe: Recipe, position: int, problem: Problem) -> Any:
 
 
 def option_identity(options: Options) -> dict[str, Any]:
-    """Options as they enter a key: run settings left out, local files replaced by a digest of their content."""
+    """Options as they enter a key: run settings left out, local files replaced by a digest of their content, and
+    whatever the options themselves put in place of their values.
+    """
     from moecli.io.sources import digest_path
 
     values = options.model_dump(mode="json")
@@ -300,7 +302,7 @@ def option_identity(options: Options) -> dict[str, Any]:
             path = Path(values[name])
             if path.exists():
                 values[name] = f"sha256:{digest_path(path)}"
-    return values
+    return values | options.identity(digest_path)
 
 
 def key_of(identity: Mapping[str, Any]) -> str:

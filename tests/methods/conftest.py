@@ -8,7 +8,7 @@ import torch
 from moecli.families import facts_of
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
 from moecli.io.reader import FolderCheckpoint
-from moecli.io.store import StageFolder
+from moecli.io.store import SharedParts, StageFolder
 
 
 class HandContext:
@@ -22,12 +22,20 @@ class HandContext:
         self.folder.begin()
         self.rng = torch.Generator().manual_seed(0)
         self.notes, self.records = [], {}
+        self.input_keys = {"model": "0123456789abcdef"}
+        self.parts = SharedParts(folder.parent / "parts")
 
     def part(self, name, kind, make):
         return self.folder.part(name, kind, make)
 
     def has_part(self, name):
         return self.folder.has_part(name)
+
+    def shared_part(self, key, kind, make):
+        return self.parts.part(key, kind, make)
+
+    def has_shared_part(self, key):
+        return self.parts.has(key)
 
     def track(self, items, label):
         return iter(items)
