@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moecli.engine import fused as fused_module
 from moecli.engine import sweep as sweep_module
 from moecli.engine.collectors import CATALOGUE, collectors
 from moecli.engine.data import Batch
@@ -17,6 +18,7 @@ from moecli.families.adapter import load_model
 from tests import tiny
 from tests.engine.memory import aliased, open_folder
 from tests.engine.texts import random_batches
+from tests.ops.grouped_cases import compare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,9 +50,14 @@ def test_fp32_equals_the_cpu(family: str, tiny_model: Maker) -> None:
     assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
 
 
+FUSED = ("qwen3_moe", "deepseek_v3", "granitemoe")
+"""Families whose experts run in our grouped pass in bf16."""
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: str, tiny_model: Maker) -> None:
+    """Bit for bit where the stock modules run; within bf16 rounding where the fused pass does."""
     source, batches = open_folder(tiny_model(family, dtype=dtype)), random_batches()
     model = load_model(source, "cuda")
     with torch.no_grad():
@@ -60,7 +67,65 @@ def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: s
         if layer.is_moe:
             layer.observe(collectors(CATALOGUE))
     for found, wanted in zip(swept.logits(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        if dtype == "bfloat16" and family in FUSED:
+            error = (found - wanted).float().norm() / wanted.float().norm()
+            assert error < 1e-2
+        else:
+            assert torch.equal(found, wanted)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "granitemoe"])
+def test_fused_statistics_equal_the_stock_modules(
+    family: str, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer of bf16 weights: the same inputs and the same routing, so only roundings differ."""
+    folder = tiny.make(family, tmp_path, dtype="bfloat16", hidden_size=256)
+    source, batches = open_folder(folder), random_batches((4, 2), length=32)
+    if not padded:
+        batches = [Batch(b.input_ids, torch.ones_like(b.attention_mask)) for b in batches]
+    names = [name for name in CATALOGUE if name != "count"]
+
+    def first(fast: bool) -> Any:
+        with monkeypatch.context() as patch:
+            if not fast:
+                patch.setattr(fused_module, "suits", lambda tensor: False)
+            for layer in sweep(source, batches, device="cuda"):
+                if layer.is_moe:
+                    return layer.observe(collectors(CATALOGUE)), layer.outputs()
+        raise AssertionError
+
+    (found, after), (wanted, stock) = first(True), first(False)
+    # Norms differ in the last bit, so a token at the border between two experts may change sides.
+    assert int((found.count_E - wanted.count_E).abs().sum()) <= 4
+    errors = {name: relative_error(found[name], wanted[name]) for name in names}
+    assert {name: e for name, e in errors.items() if e > 1e-2} == {}
+    assert max(relative_error(a, b) for a, b in zip(after, stock, strict=True)) < 1e-2
+
+
+def test_a_layer_is_observed_without_waiting_for_the_device(tiny_model: Maker) -> None:
+    source = open_folder(tiny_model("qwen3_moe", dtype="bfloat16"))
+    batches = random_batches((2, 2), length=16)
+    for layer in sweep(source, batches, device="cuda"):
+        layer.observe(collectors(CATALOGUE))  # compiles, and tries the norms
+        some = collectors(CATALOGUE)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer._observe(some)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(37, 72), (1000, 768), (64, 2048)])
+def test_kernels_equal_their_twins(dtype: torch.dtype, tokens: int, width: int) -> None:
+    from moecli.ops.kernels import grouped as fast
+
+    compare(fast, dtype, "cuda", tokens, width)
 
 
 def test_alias_statistics(tiny_model: Maker) -> None:
