@@ -11,10 +11,11 @@ Source: the usual baseline; grid and layout as compressed-tensors has them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
 
 from moecli.core.artifacts import Checkpoint, PartWriter
@@ -27,6 +28,8 @@ from moecli.io.formats import packed_specs, put_packed, quantization_config
 from moecli.ops.pack import quantize_rtn
 
 QUANTIZED_ROLES = frozenset({"expert", "shared", "attention", "dense"})
+BATCH_ELEMENTS = 1 << 26
+"""Weights rounded in one go: 1 GiB of fp32 temporaries."""
 
 
 class Rtn(Options):
@@ -63,26 +66,42 @@ class Rtn(Options):
 def rtn(opt: Rtn, model: Checkpoint, ctx: Context) -> Checkpoint:
     specs = {name: model.spec(name) for name in model.names()}
     targets = _targets(model.config, specs)
-    kept = [linear.name.removesuffix(".weight") for linear in linears_of(model.config, specs) if linear not in targets]
-    # A tied head has no tensor on disk, yet a module that the plain target `Linear` would match.
-    ignored = list(dict.fromkeys([*kept, "lm_head"]))
-    config = dict(model.config) | {"quantization_config": quantization_config(opt.bits, opt.group_size, ignore=ignored)}
-    with ctx.writer(model, config=config) as out:
+    for linear in targets:
+        _check(opt, linear.name, specs[linear.name])
+    with ctx.writer(model, config=_packed_config(opt, model, specs)) as out:
         for layer in ctx.track(sorted({linear.layer for linear in targets}), "rounding"):
 
             def write(part: PartWriter, layer: int = layer) -> None:
-                for linear in targets:
-                    if linear.layer == layer:
-                        _check(opt, linear.name, specs[linear.name])
-                        weight = model.get(linear.name, ctx.device)
-                        codes, scale = quantize_rtn(weight, opt.bits, opt.group_size)
-                        put_packed(part, linear.name, codes.cpu(), scale.cpu(), opt.bits)
+                for names in _batches([t.name for t in targets if t.layer == layer], specs):
+                    weight_BNK = torch.stack([model.get(name, ctx.device) for name in names])
+                    codes_BNK, scale_BNG = quantize_rtn(weight_BNK, opt.bits, opt.group_size)
+                    for name, codes, scale in zip(names, codes_BNK, scale_BNG, strict=True):
+                        put_packed(part, name, codes, scale, opt.bits)
 
             out.part(f"layer-{layer:03d}", write)
     return out.checkpoint
 
 
-def _targets(config: dict, specs: dict[str, TensorSpec]) -> list[Linear]:
+def _packed_config(opt: Rtn, model: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    left = [linear for linear in linears_of(model.config, specs) if linear.role not in QUANTIZED_ROLES]
+    # A tied head has no tensor on disk, yet a module that the plain target `Linear` would match.
+    ignored = dict.fromkeys([*(linear.name.removesuffix(".weight") for linear in left), "lm_head"])
+    return dict(model.config) | {
+        "quantization_config": quantization_config(opt.bits, opt.group_size, ignore=list(ignored))
+    }
+
+
+def _batches(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+    """Weights of one shape and dtype together, at most BATCH_ELEMENTS at a time."""
+    alike: dict[TensorSpec, list[str]] = {}
+    for name in names:
+        alike.setdefault(specs[name], []).append(name)
+    for spec, some in alike.items():
+        size = max(1, BATCH_ELEMENTS // spec.numel)
+        yield from (some[start : start + size] for start in range(0, len(some), size))
+
+
+def _targets(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[Linear]:
     return [linear for linear in linears_of(config, specs) if linear.role in QUANTIZED_ROLES]
 
 
