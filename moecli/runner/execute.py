@@ -289,14 +289,20 @@ def _finish(execution: Execution) -> RunResult:
 
 
 def manifest(execution: Execution) -> dict[str, Any]:
-    """Versions, seed, keys, timings and peaks of a run."""
+    """Versions, seed, keys, timings and peaks of a run, per stage and in total (cached stages as when they ran)."""
     stages = [
         {"label": o.step.label, "stage": o.step.stage.name, "key": o.step.key, "cached": o.cached,
          **{name: o.manifest.get(name) for name in ("seconds", "peak_cpu_bytes", "peak_gpu_bytes")}}
         for o in execution.outcomes.values()
     ]  # fmt: skip
+    ran = [outcome.manifest for outcome in execution.outcomes.values()]
+    total = {
+        "seconds": round(sum(m["seconds"] for m in ran) + execution.exported.get("seconds", 0), 3),
+        "peak_cpu_bytes": max((m["peak_cpu_bytes"] for m in ran), default=None),
+        "peak_gpu_bytes": max((m["peak_gpu_bytes"] for m in ran if m["peak_gpu_bytes"] is not None), default=None),
+    }
     return {"environment": environment(execution.device), "seed": execution.plan.recipe.seed,
-            "source_key": execution.plan.source_key, "stages": stages}  # fmt: skip
+            "source_key": execution.plan.source_key, "stages": stages, "total": total}  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -70,7 +70,10 @@ def test_merging_equal_experts_loses_nothing(checkpoint, context, tmp_path):
     with copied.writer(model) as out:
         for layer in model.facts.moe_layers:
             experts = [family.read_expert(model, layer, int(LEADS[g])) for g in GROUPS]
-            out.part(f"layer-{layer}", lambda part, layer=layer, experts=experts: family.write_experts(part, model, layer, experts))
+            out.part(
+                f"layer-{layer}",
+                lambda part, layer=layer, experts=experts: family.write_experts(part, model, layer, experts),
+            )
     equal = copied.finish(model)
     ctx = context("merged")
     weighted(Weighted(), plan_for(equal), equal, ctx)
