@@ -3,16 +3,17 @@
 python scripts/small_table.py MODEL_FOLDER [--out runs/small-table] [--keep 24 16]
 
 MODEL_FOLDER holds a model and `tasks/` with `calibration.jsonl` and the lm-eval tasks small_continuation and
-small_perplexity. Each row is a recipe run by `moecli run`; the table and every recipe stay in --out.
+small_perplexity. Each row is a recipe run by `moecli run`, all in one run folder, so that the baseline is evaluated
+once; seconds are those of the row's own stages, whenever they ran. Recipes and reports stay in --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,16 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
 def run(name: str, stages: list[dict[str, Any]], model: Path, out: Path) -> dict[str, Any]:
     path = out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe(model, stages), sort_keys=False), encoding="utf-8")
-    started = time.monotonic()
-    command = [sys.executable, "-m", "moecli", "run", str(path), "--run-dir", str(out / name)]
+    command = [sys.executable, "-m", "moecli", "run", str(path), "--run-dir", str(out / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    report = json.loads((out / name / "report" / "report.json").read_text(encoding="utf-8"))
-    return report | {"wall_s": time.monotonic() - started}
+    shutil.copytree(out / "run" / "report", out / f"{name}-report", dirs_exist_ok=True)
+    return json.loads((out / "run" / "report" / "report.json").read_text(encoding="utf-8"))
+
+
+def seconds(report: dict[str, Any], baseline: bool) -> float:
+    return sum(stage["seconds"] for stage in report["stages"] if stage["id"].endswith("(source)") == baseline)
 
 
 def cell(report: dict[str, Any], metric: str, side: str) -> str:
@@ -85,11 +89,9 @@ def main() -> None:
         for side in sides:
             label = "base" if side == "before" else name
             size = report["size"][side]["bytes"] / 2**20
-            wall = "" if side == "before" else f"{report['wall_s']:.0f}"
-            print(
-                f"| {label} | {size:.1f} | {cell(report, 'bits_per_byte', side)} | {cell(report, 'acc', side)} | {wall} |",
-                flush=True,
-            )
+            took = f"{seconds(report, side == 'before'):.0f}"
+            numbers = " | ".join(cell(report, metric, side) for metric in ("bits_per_byte", "acc"))
+            print(f"| {label} | {size:.1f} | {numbers} | {took} |", flush=True)
 
 
 if __name__ == "__main__":
