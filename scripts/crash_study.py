@@ -2,8 +2,8 @@
 
 python scripts/crash_study.py RECIPE [--kills 20] [--seed 0] [--set a.b=c ...]
 
-Each trial starts from an empty run folder, is killed once at a uniformly random moment of the uninterrupted run's
-duration, and is then run to its end. Exit 1 when any `model/` differs from the uninterrupted one.
+Each trial starts from an empty run folder, is killed once at a uniformly random moment of a run's duration (a run that
+ends before its moment does not count), and is then run to its end. Exit 1 when any `model/` differs from the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -67,19 +67,20 @@ def main() -> None:
     seconds = run_to_end(args, base / "whole")
     expected = model_digest(base / "whole")
     print(f"uninterrupted: {seconds:.1f} s, {len(expected)} files in model/")
-    same = 0
-    for trial in range(args.kills):
-        run_dir = base / f"trial-{trial}"
+    same = killed = 0
+    while killed < args.kills:
+        run_dir = base / f"trial-{killed}"
         moment = moments.uniform(0, seconds)
-        killed = kill_after(args, run_dir, moment)
+        if not kill_after(args, run_dir, moment):
+            seconds = moment  # this run was quicker: a later moment would not hit one
+            shutil.rmtree(run_dir)
+            continue
+        killed += 1
         rerun = run_to_end(args, run_dir)
         equal = model_digest(run_dir) == expected
         same += equal
-        state = "killed" if killed else "finished before"
-        print(
-            f"{trial + 1:3d}: {state} at {moment:6.1f} s, rerun {rerun:6.1f} s, {'same' if equal else 'DIFFERENT'}",
-            flush=True,
-        )
+        verdict = "same" if equal else "DIFFERENT"
+        print(f"{killed:3d}: killed at {moment:6.1f} s, rerun {rerun:6.1f} s, {verdict}", flush=True)
         shutil.rmtree(run_dir)
     shutil.rmtree(base)
     print(f"{same} of {args.kills} identical by sha256")
