@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _NOT_FOR_STOCK = ("quantization_config", "auto_map")
+_LONGEST = 300
+"""Characters of a library's message that are shown."""
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -59,8 +61,9 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> 
 
 def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """The stock config object of a `config.json`. SurroundingsError when transformers does not know the
-    type.
+    type or refuses a value.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, __version__
 
     model_type = config.get("model_type")
@@ -68,7 +71,16 @@ def parse_config(config: Mapping[str, Any]) -> PretrainedConfig:
         config_class = CONFIG_MAPPING[model_type]
     except KeyError:
         raise SurroundingsError(f"transformers {__version__} has no model type `{model_type}`") from None
-    return config_class.from_dict({k: v for k, v in config.items() if k not in _NOT_FOR_STOCK})
+    try:
+        return config_class.from_dict({k: v for k, v in config.items() if k not in _NOT_FOR_STOCK})
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise SurroundingsError(f"transformers {__version__} refuses config.json: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """What somebody else's exception says, in one line without a full stop."""
+    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return said if len(said) <= _LONGEST else said[: _LONGEST - 3] + "..."
 
 
 def _apply_aliases(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
@@ -256,7 +268,7 @@ def free_outside(model: PreTrainedModel, names: TensorMap) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights. SurroundingsError when there is none."""
+    """The tokenizer beside the weights. SurroundingsError when there is none, or a damaged one."""
     from transformers import AutoTokenizer
 
     files = checkpoint.side_files()
@@ -266,7 +278,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise SurroundingsError(
             "the model has no tokenizer: none of " + ", ".join(f"`{name}`" for name in known) + " is beside its weights"
         )
-    return AutoTokenizer.from_pretrained(Path(path).parent)
+    try:
+        return AutoTokenizer.from_pretrained(Path(path).parent)
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise SurroundingsError(f"the tokenizer in `{Path(path).parent}` cannot be loaded: {_one_line(error)}") from error
 
 
 class _Lazy:

@@ -417,6 +417,14 @@ class Family:
         ]
 
     def _layer_problems(self, ckpt: Checkpoint, names: set[str], layer: int) -> Iterator[SurroundingsError]:
+        experts, form = self.experts_in(layer), self.layout(names, layer)
+        if isinstance(form, PerExpert) and (found := _experts_on_disk(form, names, experts)) not in (0, experts):
+            surplus = f"`{form.names_of(experts)[0]}` exists: " if found > experts else ""
+            yield SurroundingsError(
+                f"{surplus}config.json says {experts} experts, the checkpoint has {found}",
+                where=f"layer {layer}",
+                hint="config.json and the weights are of different models",
+            )
         for name, shape in self.expected(names, layer).items():
             if name not in names:
                 yield self._unreadable(ckpt, layer, name)
@@ -426,15 +434,6 @@ class Family:
                     where=f"layer {layer}",
                     hint="config.json and the weights are of different models",
                 )
-        experts, form = self.experts_in(layer), self.layout(names, layer)
-        surplus = form.names_of(experts)[0]
-        if isinstance(form, PerExpert) and surplus in names:
-            count = next(e for e in range(experts, 1 << 20) if form.names_of(e)[0] not in names)
-            yield SurroundingsError(
-                f"`{surplus}` exists: config.json says {experts} experts, the checkpoint has {count}",
-                where=f"layer {layer}",
-                hint="config.json and the weights are of different models",
-            )
 
     def check(self, ckpt: Checkpoint) -> None:
         """Raise the first problem of `accounting`, with the number of all."""
@@ -505,6 +504,16 @@ def linears_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> li
 def _stacks(form: Layout) -> tuple[str, ...]:
     """The 3-D weights of a stacked layout."""
     return form.names_of(0)[:2] if isinstance(form, InStacks) else ()
+
+
+def _experts_on_disk(form: PerExpert, names: set[str], experts: int) -> int:
+    """How many experts a layer has, if they are numbered from 0; `experts` when one in between is damaged."""
+
+    def there(expert: int) -> bool:
+        return not names.isdisjoint(form.names_of(expert))
+
+    count = next(e for e in range(1 << 20) if not there(e))
+    return experts if any(there(e) for e in range(count + 1, experts)) else count
 
 
 def _layer_of(name: str) -> int | None:

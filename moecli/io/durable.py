@@ -55,14 +55,19 @@ def nearest_existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turns a full disk and missing permission into SurroundingsError; other errors pass."""
+    """Turns a full disk, missing permission, and a file or folder in the way into SurroundingsError; other
+    errors pass."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path, needed_bytes) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise SurroundingsError(f"cannot write to `{path}`: {os.strerror(error.errno)}") from error
+            raise SurroundingsError(f"cannot write to `{path}`: {os.strerror(error.errno).lower()}") from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            kind = "folder" if error.errno == errno.EISDIR else "file"
+            at = error.filename2 or error.filename or path
+            raise SurroundingsError(f"cannot write to `{path}`: a {kind} is in the way (`{at}`)") from error
         raise
 
 
@@ -99,9 +104,16 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def publish(temp: Path, path: Path) -> None:
-    """A finished, synced temporary file gets its name."""
-    os.replace(temp, path)
+@contextlib.contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """The temporary file to write and sync; it gets its name on a clean exit and is deleted on an exception."""
+    temp = temporary(path)
+    try:
+        yield temp
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -109,12 +121,10 @@ def write_text(path: Path, text: str) -> None:
     """Atomic and durable; newlines are written as they are."""
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp = temporary(path)
-        with temp.open("w", encoding="utf-8", newline="") as file:
+        with published(path) as temp, temp.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        publish(temp, path)
 
 
 def json_text(value: Any) -> str:
@@ -128,6 +138,8 @@ def read_json(path: Path, hint: str | None = None) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SurroundingsError(f"`{path}` is missing", hint=hint) from None
+    except OSError as error:
+        raise SurroundingsError(f"`{path}` cannot be read: {(error.strerror or str(error)).lower()}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SurroundingsError(f"`{path}` is not JSON: {error}", hint=hint) from error
     if not isinstance(value, Mapping):

@@ -124,11 +124,11 @@ def _ends_torn(file: Any) -> bool:
 
 
 def _make_folder(path: Path) -> None:
-    try:
-        with disk_errors(path):
+    with disk_errors(path):
+        try:
             path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise SurroundingsError(f"`{path}` cannot be a folder: a file is in the way") from None
+        except (FileExistsError, NotADirectoryError):
+            raise SurroundingsError(f"`{path}` cannot be a folder: a file is in the way") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise SurroundingsError(f"cannot write to `{path}`: permission denied")
 
@@ -144,7 +144,8 @@ def redo_hint(folder: Path) -> str | None:
     for stage_folder in (folder, *folder.parents):
         if stage_folder.parent.parent.name == "stages":
             name = stage_folder.parent.name.replace("-", "/", 1)
-            return f"`moecli run {stage_folder.parents[2] / 'recipe.yaml'} --redo {name}` makes it again"
+            run = stage_folder.parents[2]
+            return f"`moecli run {run / 'recipe.yaml'} --run-dir {run} --redo {name}` makes it again"
     return None
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
-from moecli.io.durable import disk_errors, natural_key, publish, temporary
+from moecli.io.durable import disk_errors, natural_key, published
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +148,14 @@ def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
     return _read(entry, entry.start + start * row_bytes, (stop - start, *rest))
 
 
+def read_into(entry: Entry, start: int, buffer: memoryview) -> None:
+    """Bytes `start`.. of the tensor into memory that the caller owns, until it is full."""
+    if len(buffer):
+        with _disk_read(entry.file), entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start + start)
+            _fill(file, buffer, entry.file)
+
+
 def _read(entry: Entry, start: int, shape: tuple[int, ...]) -> Tensor:
     import torch
 
@@ -202,18 +210,19 @@ def write_tensors(
     order = sorted(specs, key=lambda name: (-_item_bytes(specs[name]), natural_key(name)))
     header = _header_bytes(specs, order)
     digest, total = hashlib.sha256(header), len(header)
-    temp = temporary(path)
-    with disk_errors(path.parent, len(header) + sum(spec.bytes for spec in specs.values())):
-        with temp.open("wb", buffering=0) as file:
-            _write_all(file, memoryview(header))
-            for name in order:
-                data = _bytes_of(name, get(name), specs[name])
-                _write_all(file, data)
-                digest.update(data)
-                total += len(data)
-                on_bytes(len(data))
-            os.fsync(file.fileno())
-        publish(temp, path)
+    with (
+        disk_errors(path.parent, len(header) + sum(spec.bytes for spec in specs.values())),
+        published(path) as temp,
+        temp.open("wb", buffering=0) as file,
+    ):
+        _write_all(file, memoryview(header))
+        for name in order:
+            data = _bytes_of(name, get(name), specs[name])
+            _write_all(file, data)
+            digest.update(data)
+            total += len(data)
+            on_bytes(len(data))
+        os.fsync(file.fileno())
     return Written(total, digest.hexdigest())
 
 

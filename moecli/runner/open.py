@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecli.core.artifacts import Checkpoint
-from moecli.core.errors import SurroundingsError
 from moecli.core.model import ModelSketch
-from moecli.families import accounting, facts_of
+from moecli.families import facts_of, family_of
 from moecli.io.reader import FolderCheckpoint
 from moecli.io.sources import Source, resolve
 from moecli.recipe.schema import Recipe, load
@@ -53,8 +52,7 @@ def open_model(name: str, revision: str | None = None) -> tuple[Source, FolderCh
     """
     origin = resolve(name, revision)
     source = FolderCheckpoint(origin.folder, facts_of)
-    if problems := list(accounting(source)):
-        raise SurroundingsError(problems[0].message, hint=problems[0].hint)
+    family_of(source.config).check(source)
     return origin, source
 
 

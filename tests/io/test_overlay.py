@@ -240,7 +240,8 @@ def test_another_parent_is_noticed(tmp_path: Path, source: FolderCheckpoint) -> 
 def test_damage_says_which_stage_to_redo(tmp_path: Path, source: FolderCheckpoint) -> None:
     folder = tmp_path / "runs" / "x" / "stages" / "merge-weighted" / "0123"
     overlay(folder, source, lambda part: part.put("a", torch.ones(2)))
-    hint = f"`moecli run {tmp_path}/runs/x/recipe.yaml --redo merge/weighted` makes it again"
+    run = tmp_path / "runs" / "x"
+    hint = f"`moecli run {run}/recipe.yaml --run-dir {run} --redo merge/weighted` makes it again"
     tensors = folder / "part-0.safetensors"
     whole = tensors.read_bytes()
     for content, message in [(whole[:-1], "is cut short"), (b"", "is not a safetensors file")]:

@@ -191,7 +191,7 @@ class TestStage:
         stage.begin()
         stage.save(stats())
         stage.finish({})
-        hint = f"`moecli run {run.path}/recipe.yaml --redo calibrate/statistics` makes it again"
+        hint = f"`moecli run {run.path}/recipe.yaml --run-dir {run.path} --redo calibrate/statistics` makes it again"
         tensors = stage.path / "artifact.safetensors"
         content = stage.path / "artifact.json"
         tensors.write_bytes(tensors.read_bytes()[:-1])
