@@ -8,7 +8,7 @@ Drawings that must fit a phone use percentages for x; the wide ones have a natur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import NamedTuple
@@ -63,13 +63,13 @@ def heat_class(count: int, fair: float) -> int:
 
 
 def load_heatmap(load: Mapping[int, Sequence[int]], homes: Mapping[int, Homes]) -> str:
-    """Layers down, experts across, darkness by load; a stroke marks dropped experts and a dot merged ones."""
+    """Layers down, experts across, darkness by load. Merged experts are half cells, dropped ones flat."""
     layers = sorted(load)
     experts = max((len(load[layer]) for layer in layers), default=0)
     if not experts:
         return ""
-    cell = min(26, max(4, 992 // experts))
-    height = min(26, max(7, 560 // len(layers)))
+    cell = min(26, max(4, 1024 // experts))
+    height = min(26, max(8, 600 // len(layers)))
     left, top = 42, 22
     parts = [_expert_ticks(experts, cell, left, top)]
     every = math.ceil(13 / height)
@@ -79,10 +79,8 @@ def load_heatmap(load: Mapping[int, Sequence[int]], homes: Mapping[int, Homes]) 
         shift = f"translate(0 {top + row * height})"
         parts.append(f'<g transform="{shift}">{label}<g transform="translate({left})">{body}</g></g>')
     label = f"Heatmap of expert load: {len(layers)} layers by {experts} experts"
-    width = left + experts * cell + 2
-    gap = 1 if cell > 6 else 0.5
-    style = f' class="heat" style="--cell:{num(cell - gap)}px;--rise:{height - 1}px"'
-    return svg("".join(parts), str(width), top + len(layers) * height + 4, label, style)
+    style = f' class="heat" style="--cell:{num(cell - (1 if cell > 6 else 0.5))}px;--rise:{height - 1}px"'
+    return svg("".join(parts), str(left + experts * cell + 2), top + len(layers) * height + 4, label, style)
 
 
 def _expert_ticks(experts: int, cell: int, left: int, top: int) -> str:
@@ -95,40 +93,34 @@ def _expert_ticks(experts: int, cell: int, left: int, top: int) -> str:
 
 
 def _heat_row(layer: int, counts: Sequence[int], homes: Homes, cell: int, height: int) -> str:
+    """One layer, its cells gathered by class: what they share is written once."""
     fair = sum(counts) / len(counts) if counts else 0.0
-    cells: dict[int, str] = {}
-    strokes, dots = {"lo": "", "hi": ""}, {"lo": "", "hi": ""}
+    cells: dict[tuple[str, int], str] = {}
     for expert, count in enumerate(counts):
-        heat = heat_class(count, fair)
-        tone = "hi" if heat >= 5 else "lo"
-        home = homes[expert] if expert < len(homes) else expert
-        fate = ""
-        if home is None:
-            fate = ", dropped"
-            strokes[tone] += _stroke(expert * cell, cell, height)
-        elif home != expert:
-            fate = f", merged into {home}"
-            dots[tone] += _dot(expert * cell, cell, height)
+        fate, words = _fate(expert, homes)
         share = f"{count / fair:.2f}" if fair else "0"
-        title = f"layer {layer} expert {expert}: {count:,}, {share}× fair{fate}"
-        cells[heat] = cells.get(heat, "") + f'<rect x="{expert * cell}"><title>{title}</title></rect>'
-    tones = [f'<g class="h{heat}">{rects}</g>' for heat, rects in sorted(cells.items())]
-    marks = [f'<path class="stroke {tone}" d="{d}"/>' for tone, d in strokes.items() if d]
-    marks += [f'<path class="dot {tone}" d="{d}"/>' for tone, d in dots.items() if d]
-    return "".join(tones + marks)
+        title = f"layer {layer} expert {expert}: {count:,}, {share}× fair{words}"
+        look = fate, heat_class(count, fair)
+        cells[look] = cells.get(look, "") + f'<rect x="{expert * cell}"><title>{title}</title></rect>'
+    down = {"kept": 0.0, "merged": (height - 1) * 0.5, "dropped": (height - 1) * 0.78}
+    return "".join(
+        f'<g class="h{heat} {fate}" transform="translate(0 {num(down[fate])})">{rects}</g>'
+        for (fate, heat), rects in sorted(cells.items())
+    )
 
 
-def _stroke(x: float, cell: int, height: int) -> str:
-    inset = 1 if cell < 12 else 5
-    low, high = height - 1 - inset, inset
-    return f"M{num(x + inset)} {num(low)}L{num(x + cell - 1 - inset)} {num(high)}"
-
-
-def _dot(x: float, cell: int, height: int) -> str:
-    return f"M{num(x + (cell - 1) / 2)} {num((height - 1) / 2)}h0"
+def _fate(expert: int, homes: Homes) -> tuple[str, str]:
+    home = homes[expert] if expert < len(homes) else expert
+    if home is None:
+        return "dropped", ", dropped"
+    return ("kept", "") if home == expert else ("merged", f", merged into {home}")
 
 
 # -- dendrogram ----------------------------------------------------------------------------------------------------
+
+
+UPRIGHT = 22
+"""Least width of a leaf, in pixels, whose expert number is written upright."""
 
 
 class Link(NamedTuple):
@@ -176,11 +168,10 @@ def dendrogram(linkage: Sequence[Sequence[float]], groups: Sequence[int]) -> str
     experts = len(groups)
     order, merges = leaf_order(linkage, experts), links(linkage, experts)
     top_height = max((m.height for m in merges), default=0.0) or 1.0
-    step = min(30, max(5, 940 // max(experts, 1)))
+    step = min(30.0, max(3.5, 936 / max(experts, 1)))
     left, top, tall = 58, 14, 230
-    turned = step < 22
-    labels_tall = 14 if step >= 22 else 26 if step >= 10 else 0
-    width, height = left + experts * step + 14, top + tall + labels_tall + 22
+    labels_tall = 14 if step >= UPRIGHT else 26 if step >= 10 else 0
+    width, height = math.ceil(left + experts * step + 78), top + tall + labels_tall + 22
 
     def x(leaf: float) -> float:
         return left + (leaf + 0.5) * step
@@ -191,15 +182,17 @@ def dendrogram(linkage: Sequence[Sequence[float]], groups: Sequence[int]) -> str
     parts = [_distance_axis(top_height, left, top, tall, width)]
     cut = _cut(merges, groups)
     if cut is not None:
-        parts.append(f'<path class="cut" d="M{left} {num(y(cut))}H{width - 4}"/>')
-        parts.append(f'<text class="cutlabel end" x="{width - 4}" y="{num(y(cut) - 4)}">cut: {len(set(groups))} groups</text>')
+        parts.append(f'<path class="cut" d="M{left} {num(y(cut))}H{width - 72}"/>')
+        parts.append(f'<text class="cutlabel" x="{width - 68}" y="{num(y(cut) + 4)}">{len(set(groups))} groups</text>')
     for m in merges:
         inside = len({groups[e] for e in m.members}) == 1
         d = f"M{num(x(m.left))} {num(y(m.left_height))}V{num(y(m.height))}H{num(x(m.right))}V{num(y(m.right_height))}"
         what = f"group {groups[m.members[0]]}: experts {_ids(m.members)}" if inside else f"{len(m.members)} experts"
-        parts.append(f'<path class="{"in" if inside else "out"}" d="{d}"><title>{what}, distance {m.height:.4g}</title></path>')
-    parts.append(_leaves(order, groups, x, top + tall, step, turned, labels_tall))
-    return svg("".join(parts), str(width), height, f"Dendrogram of {experts} experts in {len(set(groups))} groups", ' class="tree"')
+        title = f"<title>{what}, distance {m.height:.4g}</title>"
+        parts.append(f'<path class="{"in" if inside else "out"}" d="{d}">{title}</path>')
+    parts.append(_leaves(order, groups, x, top + tall, step, labels_tall))
+    label = f"Dendrogram of {experts} experts in {len(set(groups))} groups"
+    return svg("".join(parts), str(width), height, label, ' class="tree"')
 
 
 def _ids(members: Iterable[int], limit: int = 16) -> str:
@@ -221,7 +214,8 @@ def _distance_axis(top_height: float, left: int, top: int, tall: int, width: int
     parts = []
     for value in ticks(0.0, top_height):
         y = num(top + tall * (1 - value / top_height))
-        parts.append(f'<path class="grid" d="M{left} {y}H{width - 4}"/><text class="end" x="{left - 6}" y="{y}" dy="4">{value:g}</text>')
+        parts.append(f'<path class="grid" d="M{left} {y}H{width - 72}"/>')
+        parts.append(f'<text class="end" x="{left - 6}" y="{y}" dy="4">{value:g}</text>')
     return "".join(parts) + f'<text class="dim" x="0" y="{top - 4}">distance</text>'
 
 
@@ -236,13 +230,15 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _leaves(order, groups, x, base, step, turned, labels_tall):  # type: ignore[no-untyped-def]
+def _leaves(
+    order: Sequence[int], groups: Sequence[int], x: Callable[[float], float], base: int, step: float, labels_tall: int
+) -> str:
     """Expert ids and, under them, a band that spans each group of two or more."""
     parts = []
     for place, expert in enumerate(order):
         if labels_tall:
             spot = f'x="{num(x(place))}" y="{base + 13}" class="mid"'
-            if turned:
+            if step < UPRIGHT:
                 spot = f'transform="translate({num(x(place) + 4)} {base + 6}) rotate(-90)" class="end"'
             parts.append(f"<text {spot}>{expert}</text>")
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(order), 1) if groups[a] != groups[b]), len(order)]
@@ -273,19 +269,22 @@ def size_bars(bars: Sequence[Bar]) -> str:
 
 def _bar(share: float, y: float, kind: str, text: str) -> str:
     percent = num(78 * share)
-    bar = f'<rect class="{kind}" x="0" y="{y}" width="{percent}%" height="12"><title>{kind}: {escape(text)}</title></rect>'
+    title = f"<title>{kind}: {escape(text)}</title>"
+    bar = f'<rect class="{kind}" x="0" y="{y}" width="{percent}%" height="12">{title}</rect>'
     return bar + f'<text x="{percent}%" dx="6" y="{y + 10.5}">{escape(text)}</text>'
 
 
 def metric_dots(before: Dot, after: Dot, low_text: str, high_text: str, bounds: tuple[float, float]) -> str:
-    """One row of a forest plot, 220 px wide: before (hollow) over after (filled), thick bar one standard error, thin two."""
+    """One row of a forest plot, 220 px wide: before (hollow) over after (filled); thick bar one standard error, thin
+    bar two. `bounds` are the ends of the scale, `low_text` and `high_text` their labels."""
     low, high = bounds
-    parts = [f'<path class="grid" d="M8 44H212M8 41v6M212 41v6"/>']
+    parts = ['<path class="grid" d="M8 44H212M8 41v6M212 41v6"/>']
     if before.value is not None and math.isfinite(before.value):
         at = num(8 + 204 * (before.value - low) / (high - low))
         parts.append(f'<path class="guide" d="M{at} 4V44"/>')
     parts += [_whiskers(before, 13, "before", low, high), _whiskers(after, 30, "after", low, high)]
-    parts.append(f'<text x="4" y="58">{escape(low_text)}</text><text x="216" y="58" class="end">{escape(high_text)}</text>')
+    parts.append(f'<text x="4" y="58">{escape(low_text)}</text>')
+    parts.append(f'<text x="216" y="58" class="end">{escape(high_text)}</text>')
     return svg("".join(parts), "220", 62, "Before and after with standard errors", ' class="dots"')
 
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moecli.core.artifacts import Evaluation
 from moecli.core.errors import MoecliError, SurroundingsError
+from moecli.io.durable import write_text
 
 SCHEMA = 1
 """Version of `report.json`. Raised when an older reader could misread a newer file."""
 
-PARTS = ("experts", "attention", "router", "shared", "embeddings", "other")
+Part = Literal["experts", "attention", "router", "shared", "embeddings", "other"]
+PARTS: tuple[Part, ...] = get_args(Part)
 """Parts of a model whose bytes are reported, in the order of tables and figures."""
 
 CLEAR_ERRORS = 2.0
 """A difference counts as clear when it is larger than this many standard errors of the difference."""
 
-Part = Literal["experts", "attention", "router", "shared", "embeddings", "other"]
 Reading = Literal["better", "worse", "changed", "no clear change", "not compared"]
 
 
@@ -233,9 +235,9 @@ def save(report: Report, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     value = json.loads(report.model_dump_json())
-    _write(folder / "report.json", _compact_json(value) + "\n")
-    _write(folder / "report.md", render_markdown(report))
-    _write(folder / "report.html", render_html(report))
+    write_text(folder / "report.json", _compact_json(value) + "\n")
+    write_text(folder / "report.md", render_markdown(report))
+    write_text(folder / "report.html", render_html(report))
 
 
 def load(folder: Path) -> Report:
@@ -272,13 +274,7 @@ def write_card(report: Report, folder: Path) -> None:
     """Write the model card `README.md` beside the weights in `folder`."""
     from moecli.runner.card import render_card
 
-    _write(folder / "README.md", render_card(report, report.source.name if report.source.kind == "hub" else None))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    write_text(folder / "README.md", render_card(report, report.source.name if report.source.kind == "hub" else None))
 
 
 def _compact_json(value: Any, indent: str = "") -> str:
@@ -331,10 +327,11 @@ def bytes_text(count: float) -> str:
 
 
 def count_text(count: int) -> str:
-    """`30.5 B` for large counts, `1,234` for small ones."""
+    """`30.5 B` (three digits) for large counts, `1,234` for small ones."""
     for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
         if count >= size:
-            return f"{count / size:.3g} {letter}" if count < 999.5 * size else f"{count / size:.0f} {letter}"
+            scaled = count / size
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {letter}"
     return f"{count:,}"
 
 
@@ -348,21 +345,36 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def number_text(value: float | None, *, signed: bool = False) -> str:
-    """Four decimals below ten, as evaluation harnesses print; fewer above; a dash for what was not measured."""
+def number_text(value: float | None, *, signed: bool = False, size: float | None = None) -> str:
+    """Four decimals below ten, as evaluation harnesses print; fewer above; a dash for what was not measured.
+
+    `size` is the number that decides the decimals, where another one stands beside this one.
+    """
     if value is None:
         return "–"
     sign = "+" if signed else ""
     if not math.isfinite(value):
         return f"{value:{sign}}"
-    size = abs(value)
+    size = abs(value) if size is None or not math.isfinite(size) else abs(size)
     return f"{value:{sign}.4f}" if size < 10 else f"{value:{sign}.2f}" if size < 10_000 else f"{value:{sign}.4g}"
 
 
-def value_text(value: float | None, stderr: float | None, *, signed: bool = False) -> str:
+def value_texts(value: float | None, stderr: float | None, **options: Any) -> tuple[str, str]:
+    """(`0.7412`, `± 0.0088`); the second is empty without a standard error."""
+    options = {"size": value} | options
+    if value is None or stderr is None:
+        return number_text(value, **options), ""
+    return number_text(value, **options), "± " + number_text(stderr, size=options["size"])
+
+
+def value_text(value: float | None, stderr: float | None, **options: Any) -> str:
     """`0.7412 ± 0.0088`, or the value alone."""
-    text = number_text(value, signed=signed)
-    return text if value is None or stderr is None else f"{text} ± {number_text(stderr)}"
+    return " ".join(value_texts(value, stderr, **options)).strip()
+
+
+def delta_texts(row: MetricRow) -> tuple[str, str]:
+    """The difference with its sign, to the decimals of the values it came from."""
+    return value_texts(row.delta, row.delta_stderr, signed=True, size=row.after)
 
 
 def metric_name(row: MetricRow) -> str:
@@ -396,7 +408,7 @@ def _verification_words(verification: Verification | None) -> list[str]:
     if verification is None or verification.status != "failed":
         return []
     failed = ", ".join(check.name for check in verification.checks if not check.passed)
-    return [f"do not use this model, verification failed ({failed})" if failed else "do not use this model, verification failed"]
+    return ["do not use this model, verification failed" + (f" ({failed})" if failed else "")]
 
 
 def _size_words(size: SizeRecord | None) -> str:
@@ -481,30 +493,32 @@ def size_rows(size: SizeRecord) -> list[tuple[str, str, str, str]]:
     """(what, before, after, what is left) for the size table of every page."""
     before, after = size.before, size.after
 
-    def row(
-        what: str, value: Callable[[SizeSide], int], text: Callable[[int], str]
-    ) -> tuple[str, str, str, str]:
+    def row(what: str, value: Callable[[SizeSide], int], text: Callable[[int], str]) -> tuple[str, str, str, str]:
         old, new = value(before), value(after) if after else None
         left = f"{100 * new / old:.1f} %" if old and new is not None else "–"
         return what, text(old), "–" if new is None else text(new), left
 
     rows = [row("total", lambda s: s.bytes, bytes_text), row("parameters", lambda s: s.parameters, count_text)]
-    rows += [row(part, lambda s, part=part: s.by_part.get(part, 0), bytes_text) for part in parts_of(size)]  # type: ignore[misc]
-    kept = (per_layer_text(after.experts), per_layer_text(after.router_rows)) if after else ("–", "–")
-    rows += [("experts per layer", per_layer_text(before.experts), kept[0], _left(before, after, "experts"))]
-    rows += [("router rows per layer", per_layer_text(before.router_rows), kept[1], _left(before, after, "router_rows"))]
+    for part in parts_of(size):
+        rows += [row(part, partial(_part_bytes, part=part), bytes_text)]
+    rows += [_layer_row("experts per layer", before.experts, after.experts if after else ())]
+    rows += [_layer_row("router rows per layer", before.router_rows, after.router_rows if after else ())]
     return rows
 
 
-def _left(before: SizeSide, after: SizeSide | None, name: Literal["experts", "router_rows"]) -> str:
-    old, new = sum(getattr(before, name)), sum(getattr(after, name)) if after else 0
-    return f"{100 * new / old:.1f} %" if old and new else "–"
+def _part_bytes(side: SizeSide, part: Part) -> int:
+    return side.by_part.get(part, 0)
+
+
+def _layer_row(what: str, before: Sequence[int], after: Sequence[int]) -> tuple[str, str, str, str]:
+    left = f"{100 * sum(after) / sum(before):.1f} %" if sum(before) and after else "–"
+    return what, per_layer_text(before), per_layer_text(after), left
 
 
 def parts_of(size: SizeRecord) -> list[Part]:
     """Parts with bytes on either side, in the order of PARTS."""
     sides = [size.before, size.after or size.before]
-    return [part for part in PARTS if any(side.by_part.get(part) for side in sides)]  # type: ignore[misc]
+    return [part for part in PARTS if any(side.by_part.get(part) for side in sides)]
 
 
 def experts_left(figures: Figures, layer: int) -> str:
@@ -570,7 +584,7 @@ def metrics_markdown(metrics: Sequence[MetricRow]) -> str:
             metric_name(row),
             value_text(row.before, row.before_stderr),
             value_text(row.after, row.after_stderr),
-            value_text(row.delta, row.delta_stderr, signed=True),
+            " ".join(delta_texts(row)).strip(),
             "–" if row.samples is None else f"{row.samples:,}",
             row.reading,
         ]
@@ -581,7 +595,8 @@ def metrics_markdown(metrics: Sequence[MetricRow]) -> str:
 
 METRIC_LEGEND = (
     "± is one standard error. The error of a difference treats both evaluations as independent; "
-    "a change is called clear when it exceeds two of them. ↑ higher is better, ↓ lower is better."
+    "a change is called clear when it exceeds two of them, or when no standard error is known. "
+    "↑ higher is better, ↓ lower is better."
 )
 
 
@@ -620,16 +635,20 @@ def _md_calibration(report: Report) -> str:
 
 def calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
     """(name, text) of what is known of the calibration data."""
-    rows = [(name.replace("_", " "), _plain(value)) for name, value in calibration.source.items() if name != "tokens"]
+    rows = [
+        (name.replace("_", " "), plain_text(value)) for name, value in calibration.source.items() if name != "tokens"
+    ]
     return [*rows, ("tokens through each MoE layer", f"{calibration.tokens:,}")]
 
 
-def _plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
+    """A JSON value in one line of words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+        return ", ".join(f"{k}: {plain_text(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(item) for item in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else _line(str(value))
+        return ", ".join(plain_text(item) for item in value)
+    large = isinstance(value, int) and value >= 10_000
+    return f"{value:,}" if large else _line(str(value))
 
 
 def _md_stages(stages: Sequence[StageRecord]) -> str:
@@ -637,9 +656,8 @@ def _md_stages(stages: Sequence[StageRecord]) -> str:
         return "No stage was run."
     head = ["stage", "id", "key", "state", "time", "CPU peak", "GPU peak"]
     rows = [
-        [s.name, s.id, s.key[:12], stage_state(s), duration_text(s.seconds), peak_text(s.peak_cpu_bytes), peak_text(s.peak_gpu_bytes)]
-        for s in stages
-    ]  # fmt: skip
+        [s.name, s.id, s.key[:12], stage_state(s), duration_text(s.seconds), *map(peak_text, peaks(s))] for s in stages
+    ]
     text = markdown_table(head, rows, right=(4, 5, 6)) + "\n\n" + stages_text(stages)
     notes = [f"- {s.id}: {_line(note)}" for s in stages for note in s.notes]
     return text + ("\n\nNotes:\n\n" + "\n".join(notes) if notes else "")
@@ -647,6 +665,10 @@ def _md_stages(stages: Sequence[StageRecord]) -> str:
 
 def stage_state(stage: StageRecord) -> str:
     return "cached" if stage.cached else "run"
+
+
+def peaks(stage: StageRecord) -> tuple[int | None, int | None]:
+    return stage.peak_cpu_bytes, stage.peak_gpu_bytes
 
 
 def peak_text(peak_bytes: int | None) -> str:
@@ -659,7 +681,7 @@ def stages_text(stages: Sequence[StageRecord]) -> str:
     spent = duration_text(sum(s.seconds for s in stages if not s.cached))
     if not cached:
         return f"All stages together took {spent}."
-    return f"This run took {spent}; {plural(cached, 'stage')} came from an earlier run, shown with the time it took then."
+    return f"This run took {spent}; {plural(cached, 'stage')} came from an earlier run, with the time spent then."
 
 
 def _md_verification(verification: Verification | None) -> str:

@@ -43,7 +43,11 @@ def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     jinja = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return jinja.get_template("report.html.j2")
 
@@ -70,9 +74,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if compared:
         worse = sum(row.reading == "worse" for row in compared)
         tiles.append(("metrics clearly worse", str(worse), f"of {len(compared)} compared"))
-    status = report.verification.status if report.verification else "not run"
-    checks = words.plural(len(report.verification.checks), "check") if report.verification else "the model was not verified"
-    return [*tiles, ("verification", status, checks)]
+    if report.verification is None:
+        return [*tiles, ("verification", "not run", "the model was not verified")]
+    return [
+        *tiles,
+        ("verification", report.verification.status, words.plural(len(report.verification.checks), "check")),
+    ]
 
 
 def _metric(row: MetricRow) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _load(data: Figures) -> dict[str, Any] | None:
     homes = {layer: data.homes(layer) for layer in load}
     return {
         "svg": _markup(draw.load_heatmap(load, homes)),
-        "rows": [(layer, f"{sum(c):,}", " ".join(map(str, c)), words.experts_left(data, layer)) for layer, c in load.items()],
+        "rows": [(n, f"{sum(c):,}", " ".join(map(str, c)), words.experts_left(data, n)) for n, c in load.items()],
         "dropped": any(home is None for layer in homes.values() for home in layer),
         "merged": any(home is not None and home != e for layer in homes.values() for e, home in enumerate(layer)),
     }
