@@ -37,6 +37,7 @@ from moecli.core.model import ModelFacts
 from moecli.engine.collectors import Collector, Grouped, LayerShape, collectors, needs_of
 from moecli.engine.data import Batch
 from moecli.engine.fused import FusedLayer, fused
+from moecli.engine.loader import Loader
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP
 
@@ -89,23 +90,30 @@ class Sweep:
             raise RuntimeError("a sweep runs once; make a new one")
         self._started = True
         runs = self._record()
-        for index in self._track(range(len(self)), "layers"):
-            module = adapter.load_layer(self._model, self._checkpoint, self._names, index, self._device)
-            try:
-                layer = SweptLayer(
-                    index,
-                    module,
-                    self._checkpoint.facts,
-                    self._hidden,
-                    runs.of(index),
-                    self._device,
-                    self._home,
-                )
-                yield layer
-                self._hidden = layer.outputs()
-            finally:
-                adapter.free_layer(self._model, self._names, index)
-            self._done = index + 1
+        loader = Loader(self._model, self._checkpoint, self._names, self._device, ahead=True)
+        try:
+            for index in self._track(range(len(self)), "layers"):
+                yield from self._layer(index, loader, runs)
+        finally:
+            loader.close()
+
+    def _layer(self, index: int, loader: Loader, runs: _Runs) -> Iterator[SweptLayer]:
+        module = loader.load(index)
+        try:
+            layer = SweptLayer(
+                index,
+                module,
+                self._checkpoint.facts,
+                self._hidden,
+                runs.of(index),
+                self._device,
+                self._home,
+            )
+            yield layer
+            self._hidden = layer.outputs()
+        finally:
+            loader.free(index)
+        self._done = index + 1
 
     def logits(self) -> Iterator[Tensor]:
         """Logits [B, S, vocabulary] of each batch, on the device, after all layers have run."""

@@ -246,6 +246,9 @@ class OverlayCheckpoint(StoredCheckpoint):
     def origin(self, name: str) -> Origin:
         return ("own", name) if name in self._own else self.parent.origin(self._parent_name(name))
 
+    def entry(self, name: str) -> Entry | None:
+        return self._own[name] if name in self._own else self.parent.entry(self._parent_name(name))
+
     def written(self) -> tuple[str, ...]:
         """Names this overlay itself holds the bytes of."""
         return tuple(sorted(self._own, key=natural_key))

@@ -55,6 +55,10 @@ class StoredCheckpoint(Checkpoint):
     def origin(self, name: str) -> Origin:
         """Where the bytes of `name` come from, through all renames. KeyError for an unknown name."""
 
+    def entry(self, name: str) -> Entry | None:
+        """File and first byte of `name`, for readers that bring their own memory; None when its values are computed."""
+        return None
+
     def pack(self) -> Packed:
         raise TypeError("a checkpoint is passed on as its folder; it cannot be packed into tensors and JSON")
 
@@ -114,6 +118,9 @@ class FolderCheckpoint(StoredCheckpoint):
     def origin(self, name: str) -> Origin:
         self._entry(name)
         return "source", name
+
+    def entry(self, name: str) -> Entry:
+        return self._entry(name)
 
     def file_of(self, name: str) -> Path:
         """The weight file that holds a tensor."""
