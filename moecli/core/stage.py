@@ -56,6 +56,12 @@ class Options(BaseModel):
         """What cannot work for this model, from facts alone. Facts are those at this point of the recipe."""
         return iter(())
 
+    def ready(self) -> None:
+        """Raise SurroundingsError when this machine lacks something the stage needs: a package, a file, a task.
+
+        Asked of every stage that will run before the first one starts, so that the last does not fail hours later.
+        """
+
     def forecast(self, model: ModelSketch) -> ModelSketch:
         """The model after this stage, without reading a weight. The default changes nothing.
 

@@ -118,8 +118,10 @@ def published(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic and durable; newlines are written as they are."""
+    """Atomic and durable; newlines are written as they are. A file that holds this text already is left alone."""
     with disk_errors(path.parent):
+        if path.is_file() and path.read_bytes() == text.encode():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with published(path) as temp, temp.open("w", encoding="utf-8", newline="") as file:
             file.write(text)

@@ -18,6 +18,8 @@ import torch
 from moecli import __version__
 from moecli.core.artifacts import Artifact, Checkpoint, CheckpointWriter
 from moecli.core.errors import StageFailed, SurroundingsError, UsageError
+from moecli.core.stage import Options
+from moecli.io.durable import disk_errors
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
 from moecli.io.store import RunFolder, SharedParts, StageFolder
 from moecli.recipe.schema import resolved_yaml
@@ -27,6 +29,9 @@ from moecli.runner.plan import SOURCE, Plan, Step, key_of
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Artifact)
+
+EXPORT = "export"
+"""What `--redo` calls the writing of `model/`, and the folder of its manifest."""
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -202,19 +207,25 @@ def run(
     opened: OpenedRecipe, run_dir: Path, *, device: torch.device | str = "cpu",
     until: str | None = None, redo: str | None = None, listener: Listener | None = None,
 ) -> RunResult:  # fmt: skip
-    """Run a plan in `run_dir`. `until` stops after the named stage; `redo` forgets its result first.
+    """Run a plan in `run_dir`. `until` stops after the named stage; `redo` first forgets what every stage of that
+    name made, or the export.
 
     Raises SurroundingsError when another run holds the folder or it cannot be written, StageFailed when a stage
     or the verification of `model/` fails; finished work is kept.
     """
     plan = opened.plan
     stop = len(plan.steps) if until is None else named_step(plan, until) + 1
+    forget = [] if redo is None else forgotten(plan, redo)
+    _check_ready(plan.steps[:stop], run_dir, forget)
     folder = RunFolder(run_dir)
     with folder.lock():
         execution = Execution(opened, folder, torch.device(device), listener)
         folder.write_text("recipe.yaml", resolved_yaml(plan.recipe, plan.options))
-        if redo is not None:
-            execution.folder(plan.steps[named_step(plan, redo)]).remove()
+        for stage_folder in folder.stages():
+            if redo == EXPORT and stage_folder.name == EXPORT:
+                stage_folder.remove()
+        for step in forget:
+            execution.folder(step).remove()
         for index in range(stop):
             execution.step(index)
             if index == plan.final:
@@ -231,6 +242,26 @@ def named_step(plan: Plan, name: str) -> int:
         known = ", ".join(dict.fromkeys(f"`{step.label}`" for step in plan.steps if not step.baseline))
         raise UsageError(f"the recipe has no stage `{name}`", hint=f"its stages are {known}")
     return matches[-1]
+
+
+def forgotten(plan: Plan, name: str) -> list[Step]:
+    """Steps whose result `--redo` drops: those of this name, evaluations with the same one on the source."""
+    if name == EXPORT:
+        return []
+    named_step(plan, name)
+    positions = {step.position for step in plan.steps if not step.baseline and name in names_of(step)}
+    return [step for step in plan.steps if step.position in positions]
+
+
+def _check_ready(steps: Sequence[Step], run_dir: Path, forget: Sequence[Step]) -> None:
+    """What is not on this machine is said before anything is made on disk, and only for stages that will run."""
+    run = RunFolder(run_dir, create=False) if run_dir.is_dir() else None
+    asked: list[Options] = []
+    for step in steps:
+        done = run is not None and step not in forget and run.stage(step.folder_name, step.key).complete
+        if not done and step.options not in asked:
+            asked.append(step.options)
+            step.options.ready()
 
 
 def names_of(step: Step) -> tuple[str, ...]:
@@ -250,7 +281,7 @@ def _export(execution: Execution) -> None:
     kind = plan.recipe.export
     kind = choose(checkpoint) if kind == "auto" else kind
     identity = {"stage": "export", "version": 1, "kind": kind, "inputs": {"model": plan.key_of(plan.final)}}
-    folder = execution.run.stage("export", key_of(identity))
+    folder = execution.run.stage(EXPORT, key_of(identity))
     target = execution.run.path / "model"
     if folder.complete and (target / "config.json").exists() and digest(target) == folder.manifest()["digest"]:
         execution.emit({"event": "stage_cached", "stage": "export", "key": key_of(identity)})
@@ -279,10 +310,11 @@ def _finish(execution: Execution) -> RunResult:
 
     run = execution.run
     report = gather(execution)
-    save(report, run.path / "report")
     model = run.path / "model" if execution.plan.final != SOURCE else None
-    if model is not None:
-        write_card(report, model)
+    with disk_errors(run.path):
+        save(report, run.path / "report")
+        if model is not None:
+            write_card(report, model)
     run.write_text("manifest.json", json.dumps(manifest(execution), indent=1) + "\n")
     execution.emit({"event": "run_finished", "report": str(run.path / "report" / "report.html")})
     return RunResult(run.path, model, report)

@@ -48,11 +48,15 @@ def open_loaded(recipe: Recipe) -> OpenedRecipe:
 def open_model(name: str, revision: str | None = None) -> tuple[Source, FolderCheckpoint]:
     """Find a model (folder, hub id or `demo`) and read its headers.
 
-    Raises SurroundingsError when files are missing or damaged, or when tensors contradict `config.json`.
+    Raises SurroundingsError when files are missing or damaged, when tensors contradict `config.json`, or when
+    transformers refuses it.
     """
+    from moecli.families.adapter import parse_config
+
     origin = resolve(name, revision)
     source = FolderCheckpoint(origin.folder, facts_of)
     family_of(source.config).check(source)
+    parse_config(source.config)
     return origin, source
 
 

@@ -11,11 +11,13 @@ Source: EleutherAI lm-evaluation-harness.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -47,6 +49,12 @@ class LmEval(Options):
     """Resamples for standard errors of metrics without a closed form."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 16
     """Sequences per forward pass."""
+
+    def ready(self) -> None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise SurroundingsError("lm-eval is not installed", hint="`pip install 'moecli[eval]'`")
+        with _quiet():
+            _load_tasks(self)
 
 
 @stage("eval/lm-eval", version=1, on_source_too=True)
@@ -104,26 +112,13 @@ def metrics(results: Mapping[str, Any]) -> list[Metric]:
 
 
 @contextmanager
-def _reporting_to(ctx: Context) -> Iterator[None]:
-    """lm-eval and `datasets` draw bars and log notices on stderr; while they run, the bars become our progress."""
-    from unittest.mock import patch
-
+def _quiet() -> Iterator[None]:
+    """lm-eval and `datasets` draw bars and log notices on stderr; not now."""
     import datasets
-    from lm_eval import evaluator
-    from lm_eval.api import model, task
-    from lm_eval.models import huggingface
-
-    class Bar(_Bar):
-        progress = ctx.progress
 
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     with ExitStack() as undo:
-        for module in (huggingface, model, task):
-            if hasattr(module, "tqdm"):
-                undo.enter_context(patch.object(module, "tqdm", Bar))
-        # It would ask git for the commit of the current folder, which is not lm-eval's.
-        undo.enter_context(patch.object(evaluator, "get_git_commit_hash", lambda: None))
         for name in ("lm_eval", "datasets"):
             log = logging.getLogger(name)
             undo.callback(log.setLevel, log.level)
@@ -133,6 +128,27 @@ def _reporting_to(ctx: Context) -> Iterator[None]:
         finally:
             if shown:
                 datasets.enable_progress_bars()
+
+
+@contextmanager
+def _reporting_to(ctx: Context) -> Iterator[None]:
+    """Quiet, and lm-eval's bars become our progress."""
+    from unittest.mock import patch
+
+    from lm_eval import evaluator
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    class Bar(_Bar):
+        progress = ctx.progress
+
+    with _quiet(), ExitStack() as undo:
+        for module in (huggingface, model, task):
+            if hasattr(module, "tqdm"):
+                undo.enter_context(patch.object(module, "tqdm", Bar))
+        # It would ask git for the commit of the current folder, which is not lm-eval's.
+        undo.enter_context(patch.object(evaluator, "get_git_commit_hash", lambda: None))
+        yield
 
 
 class _Bar:
@@ -159,10 +175,25 @@ class _Bar:
         pass
 
 
+def _load_tasks(opt: LmEval) -> None:
+    """Build each task with its data, as the evaluation will. SurroundingsError names the one that fails."""
+    from lm_eval.tasks import get_task_dict
+
+    manager = _tasks(opt)
+    for task in opt.tasks:
+        try:
+            get_task_dict([task], manager)
+        except Exception as error:  # task files hold code and data of their own, and may fail in any way
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise SurroundingsError(f"lm-eval cannot load the task `{task}`: {said}") from error
+
+
 def _tasks(opt: LmEval) -> Any:
     from lm_eval.tasks import TaskManager
 
     include = _demo_tasks() if opt.include == "demo" else opt.include
+    if include is not None and not Path(include).is_dir():
+        raise SurroundingsError(f"there is no folder `{include}` with lm-eval tasks")
     manager = TaskManager(include_path=[include] if include else None, include_defaults=include is None)
     unknown = [task for task in opt.tasks if task not in manager.all_tasks]
     if unknown and include is not None:

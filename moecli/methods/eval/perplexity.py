@@ -45,6 +45,9 @@ class Perplexity(Options):
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Windows per forward pass."""
 
+    def ready(self) -> None:
+        read_rows(self.dataset, self.field)
+
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if self.window is not None and not 2 <= self.window <= model.max_positions:
             yield Problem(
