@@ -151,7 +151,9 @@ def _calibrated(report: Report) -> str:
     samples = report.calibration.source.get("samples")
     length = report.calibration.source.get("tokens_per_sample")
     how = f", {samples:,} samples of {length:,}" if isinstance(samples, int) and isinstance(length, int) else ""
-    return f"Calibrated on {tokens} of {data or 'unnamed data'}{how}."
+    digest = report.calibration.source.get("digest")
+    which = f" (digest `{plain_text(digest)}`)" if digest else ""
+    return f"Calibrated on {tokens} of {data or 'unnamed data'}{which}{how}."
 
 
 def _dataset_names(report: Report, *, whole: bool = False) -> list[str]:

@@ -562,7 +562,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: It
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return _md(text).replace("|", "\\|")
+
+
+def _md(text: str) -> str:
+    """One line of text that Markdown shows as it is: `<` would open a tag."""
+    return _line(text).replace("<", "\\<")
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -609,7 +614,7 @@ def size_markdown(size: SizeRecord | None) -> str:
 
 
 def _md_warnings(warnings: Sequence[str]) -> str:
-    return "## Warnings\n\n" + "\n".join(f"- {_line(text)}" for text in warnings)
+    return "## Warnings\n\n" + "\n".join(f"- {_md(text)}" for text in warnings)
 
 
 def _line(text: str) -> str:
@@ -621,7 +626,7 @@ def _md_calibration(report: Report) -> str:
         return "No calibration in this run."
     layers, lines = coverage(report.figures_data), []
     if report.calibration:
-        lines += [f"- {name}: {text}" for name, text in calibration_rows(report.calibration)] + [""]
+        lines += [f"- {name}: {_md(text)}" for name, text in calibration_rows(report.calibration)] + [""]
     lines += [coverage_text(layers)]
     if layers:
         head = ["layer", "experts", "least", "median", "most", "without a token"]
@@ -659,7 +664,7 @@ def _md_stages(stages: Sequence[StageRecord]) -> str:
         [s.name, s.id, s.key[:12], stage_state(s), duration_text(s.seconds), *map(peak_text, peaks(s))] for s in stages
     ]
     text = markdown_table(head, rows, right=(4, 5, 6)) + "\n\n" + stages_text(stages)
-    notes = [f"- {s.id}: {_line(note)}" for s in stages for note in s.notes]
+    notes = [f"- {s.id}: {_md(note)}" for s in stages for note in s.notes]
     return text + ("\n\nNotes:\n\n" + "\n".join(notes) if notes else "")
 
 
@@ -706,4 +711,4 @@ def version_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def _md_versions(report: Report) -> str:
-    return "\n".join(f"- {name}: {_line(text)}" for name, text in version_rows(report))
+    return "\n".join(f"- {name}: {_md(text)}" for name, text in version_rows(report))
