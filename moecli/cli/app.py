@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moecli.cli import stats
 from moecli.core.errors import ExitCode, SurroundingsError, UsageError
 
 if TYPE_CHECKING:
@@ -297,6 +298,9 @@ def doctor(json_: Json = False) -> None:
     _emit(document, lambda: findings_text(findings), json_)
     if not good:
         raise typer.Exit(int(ExitCode.SURROUNDINGS))
+
+
+app.add_typer(stats.app)
 
 
 # -- shared

@@ -1,7 +1,18 @@
-"""Run calibration text through the model once, layer by layer, and collect what later stages declared.
+"""Run calibration text through the model, layer by layer, and collect what later stages declared.
 
 Which statistics exist, with their formulas: `engine.collectors.CATALOGUE`. `statistics: auto` collects what the
-stages below ask for; counts and gate sums are always collected. Padding is masked out of everything.
+stages below ask for; counts and gate sums are always collected. Padding is masked out of everything. How data sets
+are named: `engine.data`; `packing` may be the rule of a paper's code, which brings its own data and numbers.
+
+Each statistic of each layer is kept in the run folder under (model, tokens, dtype, statistic, layer): a recipe that
+asks for one more collects that one. Values of one pass and of several agree within rounding of float64 sums.
+
+`min_tokens_per_expert` says what becomes of an expert with fewer than n tokens: `warn` notes it, `fail` stops. With
+`top_up` up to `draws` further draws of text are run, by the same rule, going on where the last one stopped. Of each
+draw only the entries of experts that are still below n are taken, in statistics over the tokens routed to an expert
+(`count`, `gate_sum`, `ean_*`, `gean_*`, `easy`: added; `absmax`: the larger). All other experts' entries, statistics
+over all tokens (`prob_sum`, `y_mean`, `logit_gram`) and the number of tokens stay as the first draw left them, bit
+for bit. So sums and counts of a topped-up expert do not compare with its neighbours', means over `count` do.
 
 - run: calibrate/statistics
   with: {dataset: calibration.jsonl, samples: 128, tokens_per_sample: 2048}
@@ -9,45 +20,109 @@ stages below ask for; counts and gate sums are always collected. Padding is mask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from moecli.core.artifacts import CalibrationStats, Checkpoint, LayerStats
 from moecli.core.context import Context
-from moecli.core.errors import Problem
+from moecli.core.errors import MoecliError, Problem, StageFailed, SurroundingsError
 from moecli.core.model import ModelFacts
-from moecli.core.stage import Options, RunSetting, SourcePath, stage
+from moecli.core.stage import Options, RunSetting, stage
 from moecli.engine.collectors import CATALOGUE, collectors
-from moecli.engine.data import tokenise
+from moecli.engine.data import PRESETS, TextSource, Tokenised, shares, sources_of, spec_text, tokenise
+from moecli.engine.data import identity as data_identity
+from moecli.engine.data.sources import is_pinned, pinned
+from moecli.engine.stats import ALWAYS, Starved, is_per_expert, starved_in, topped_up
 from moecli.engine.sweep import SweptLayer, sweep
+from moecli.io.sources import digest_path
+
+VERSION = 2
+_SHOWN = 8
+"""Experts that a message names."""
+
+
+class MinTokens(BaseModel):
+    """What becomes of experts that calibration hardly reaches."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    n: PositiveInt
+    """Tokens an expert needs."""
+    action: Literal["warn", "top_up", "fail"] = "warn"
+    """`warn` notes it in the report, `top_up` runs more text for these experts, `fail` stops."""
+    draws: PositiveInt = 4
+    """`top_up` runs at most this many further draws, each of `samples` samples."""
 
 
 class Statistics(Options):
     """Options of `calibrate/statistics`."""
 
-    dataset: Annotated[str, SourcePath()]
-    """A local json, jsonl, parquet or txt file (also .gz), `demo`, or a hub data set `org/name[config](split)`."""
+    dataset: str | list[TextSource]
+    """Local files, `demo` or hub data sets `org/name[config](split)@revision:rows*weight`, with commas between them; or
+    a list of mappings with the same parts."""
     samples: PositiveInt = 128
     """Sequences to run."""
     tokens_per_sample: PositiveInt = 2048
     """Tokens in each sequence."""
     field: str = "text"
-    """Column that holds the text."""
-    packing: Literal["pack", "truncate"] = "pack"
-    """`pack` joins documents and cuts equal blocks; `truncate` takes one document per sample and pads."""
+    """Column that holds the text. Where it is `text` and a row has none, its conversation `messages` is rendered."""
+    packing: Literal[
+        "pack", "truncate", "heapr_wiki", "heapr_c4", "camera_wiki", "gptq_wiki", "gptq_c4", "super_c4", "d2_wiki103",
+        "naee_c4",
+    ] = "pack"  # fmt: skip
+    """`pack` joins documents and cuts equal blocks; `truncate` takes one document per sample and pads; the others are
+    rules of published code, with its data set, samples and length where the recipe names none."""
     statistics: Literal["auto"] | list[str] = "auto"
     """What to collect besides counts and gate sums; `auto` is what the stages below need."""
+    min_tokens_per_expert: MinTokens | None = None
+    """What becomes of experts with fewer tokens than `n`; nothing by default, coverage is reported always."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Sequences per forward pass."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """A preset brings data and numbers; data sets that all say their `samples` say the sum."""
+        if not isinstance(values, dict):
+            return values
+        name, given = values.get("packing"), values.get("dataset")
+        if isinstance(name, str) and name in PRESETS:
+            own = PRESETS[name]
+            return {"dataset": own.dataset, "samples": own.samples, "tokens_per_sample": own.length, **values}
+        counts = [s.get("samples") if isinstance(s, dict) else None for s in given] if isinstance(given, list) else []
+        if counts and all(type(count) is int and count > 0 for count in counts):
+            return {"samples": sum(counts), **values}
+        return values
+
+    @property
+    def sources(self) -> tuple[TextSource, ...]:
+        """The data sets. UsageError when the text does not read as any."""
+        return sources_of(self.dataset)
+
     def resolve(self, needs: tuple[str, ...]) -> Self:
-        if self.statistics != "auto":
-            return self
-        return self.model_copy(update={"statistics": list(needs)})
+        """`auto` is what `needs` says; hub data sets get the commit their revision stands for."""
+        update: dict[str, Any] = {"statistics": list(needs)} if self.statistics == "auto" else {}
+        if not list(self._source_problems()):
+            update["dataset"] = self._pinned()
+        return self.model_copy(update=update)
+
+    def _pinned(self) -> str | list[TextSource]:
+        found = pinned(self.sources)
+        if found == self.sources:
+            return self.dataset
+        return spec_text(found) if isinstance(self.dataset, str) else list(found)
+
+    def identity(self, digest: Any) -> dict[str, Any]:
+        if list(self._source_problems()):
+            return {}
+        return {"dataset": data_identity(self.sources, digest)}
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        yield from self._source_problems()
         if self.tokens_per_sample > model.max_positions:
             yield Problem(
                 "tokens_per_sample",
@@ -55,43 +130,204 @@ class Statistics(Options):
                 f"got {self.tokens_per_sample}",
                 hint=f"write `tokens_per_sample: {model.max_positions}`",
             )
+        topping = self.min_tokens_per_expert is not None and self.min_tokens_per_expert.action == "top_up"
         for name in self.statistics if isinstance(self.statistics, list) else ():
             if name not in CATALOGUE:
                 yield Problem("statistics", f"unknown statistic `{name}`", hint=f"known: {', '.join(CATALOGUE)}")
+            elif topping and is_per_expert(name) is None:
+                yield Problem(
+                    "min_tokens_per_expert.action", f"`top_up` cannot be used with the statistic `{name}`",
+                    hint="write `action: warn` and raise `samples`",
+                )  # fmt: skip
+
+    def _source_problems(self) -> Iterator[Problem]:
+        try:
+            sources = self.sources
+        except MoecliError as error:
+            yield Problem("dataset", error.message, hint=error.hint)
+            return
+        if not sources:
+            yield Problem("dataset", "`dataset` names no data set")
+            return
+        asked = sum(source.samples or 0 for source in sources)
+        if asked > self.samples or (asked < self.samples and all(source.samples for source in sources)):
+            yield Problem("samples", f"the data sets ask for {asked} samples, `samples` is {self.samples}",
+                          hint=f"write `samples: {asked}`")  # fmt: skip
+            return
+        for source, count in zip(sources, shares(sources, self.samples), strict=True):
+            if count == 0:
+                yield Problem("dataset", f"`{source.dataset}` gets none of {self.samples} samples",
+                              hint="raise `samples` or its weight")  # fmt: skip
 
 
-@stage("calibrate/statistics", version=1)
+@stage("calibrate/statistics", version=VERSION)
 def statistics(opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationStats:
-    text = tokenise(
-        opt.dataset, model, samples=opt.samples, tokens_per_sample=opt.tokens_per_sample,
-        field=opt.field, packing=opt.packing, seed=ctx.seed,
-    )  # fmt: skip
-    names = ["count", "gate_sum", *opt.statistics]
-    collected: dict[int, LayerStats] = {}
-    for layer in sweep(model, text.batches(opt.batch_size), device=ctx.device, track=ctx.track):
-        if layer.is_moe:
-            collected[layer.index] = _observe(layer, names, ctx)
-    stats = CalibrationStats(collected, {"dataset": opt.dataset, "samples": opt.samples,
-                                         "tokens_per_sample": opt.tokens_per_sample, "packing": opt.packing,
-                                         "seed": ctx.seed, "digest": text.digest})  # fmt: skip
+    _refuse_unpinned(opt)
+    text = _tokens(opt, model, ctx, draw=0)
+    layers = _collect(text, opt.statistics, model.facts.moe_layers, opt, model, ctx)
+    stats = CalibrationStats(layers, _source(opt, model, text, ctx))
     _report_coverage(stats, ctx)
-    return stats
+    return _see_to_starved(stats, opt, model, ctx)
 
 
-def _observe(layer: SweptLayer, names: list[str], ctx: Context) -> LayerStats:
-    """The layer's statistics; a part that is already there saves the collection, not the forward pass."""
+def _refuse_unpinned(opt: Statistics) -> None:
+    for source in opt.sources:
+        if not is_pinned(source):
+            raise SurroundingsError(
+                f"the data set `{source.dataset}` is not in the hub's cache, and the hub does not tell its commit",
+                hint=f"`hf download {source.dataset} --repo-type dataset` where there is a network",
+            )
 
-    def make() -> CalibrationStats:
-        return CalibrationStats({layer.index: layer.observe(collectors(names))})
 
-    return ctx.part(f"layer-{layer.index:03d}", CalibrationStats, make)[layer.index]
+def _source(opt: Statistics, model: Checkpoint, text: Tokenised, ctx: Context) -> dict[str, Any]:
+    return {
+        "dataset": spec_text(opt.sources), "samples": opt.samples, "tokens_per_sample": opt.tokens_per_sample,
+        "packing": opt.packing, "seed": ctx.seed, "digest": text.digest, "model": ctx.input_keys["model"],
+        "model_type": model.facts.model_type, "dtype": model.facts.dtype,
+    }  # fmt: skip
 
 
 def _report_coverage(stats: CalibrationStats, ctx: Context) -> None:
     starved = {layer: int((s.count_E == 0).sum()) for layer, s in stats.items()}
     ctx.record("load", {str(layer): s.count_E.tolist() for layer, s in stats.items()})
     if total := sum(starved.values()):
-        experts = sum(len(s.count_E) for s in stats.values())
         ctx.note(
-            f"{total} of {experts} experts saw no calibration token (by layer: {' '.join(map(str, starved.values()))})"
+            f"{total} of {_experts(stats)} experts saw no calibration token "
+            f"(by layer: {' '.join(map(str, starved.values()))})"
         )
+
+
+# -- parts: tokens and statistics that other recipes of this run folder can use
+
+
+def _tokens(opt: Statistics, model: Checkpoint, ctx: Context, draw: int) -> Tokenised:
+    """The draw's samples, tokenised once for all stages of the run that want them."""
+    tokenizer = {name: digest_path(path) for name, path in sorted(model.side_files().items())}
+    key = _key(
+        data=data_identity(opt.sources, digest_path), tokenizer=tokenizer, samples=opt.samples, field=opt.field,
+        tokens_per_sample=opt.tokens_per_sample, packing=opt.packing, seed=ctx.seed, draw=draw,
+    )  # fmt: skip
+
+    def make() -> Tokenised:
+        return tokenise(
+            opt.dataset, model, samples=opt.samples, tokens_per_sample=opt.tokens_per_sample,
+            field=opt.field, packing=opt.packing, seed=ctx.seed, draw=draw,
+        )  # fmt: skip
+
+    return ctx.shared_part(f"tokens-{key}", Tokenised, make)
+
+
+def _collect(
+    text: Tokenised, names: Sequence[str], layers: Collection[int], opt: Statistics, model: Checkpoint, ctx: Context
+) -> dict[int, LayerStats]:
+    """Statistics of these layers: from parts where they are, and one sweep for all that are missing."""
+    wanted = [ALWAYS[0], *(name for name in dict.fromkeys(names) if name not in ALWAYS)]
+    keys = {layer: {name: _part_key(text, model, name, layer, ctx) for name in wanted} for layer in layers}
+    missing = {layer: [n for n in wanted if not ctx.has_shared_part(keys[layer][n])] for layer in layers}
+    last = max((layer for layer, some in missing.items() if some), default=None)
+    if last is not None:
+        for layer in sweep(model, text.batches(opt.batch_size), device=ctx.device, track=ctx.track):
+            if missing.get(layer.index):
+                _observe(layer, missing[layer.index], keys[layer.index], ctx)
+            if layer.index == last:
+                break
+    return {layer: _assembled(layer, keys[layer], ctx) for layer in layers}
+
+
+def _observe(layer: SweptLayer, names: Sequence[str], keys: Mapping[str, str], ctx: Context) -> None:
+    """One pass over the layer's tokens for all statistics it lacks; each becomes a part of its own."""
+    made = collectors(names)
+    found = layer.observe(made)
+    for collector in made:
+        tensors = {n: found.extra[n] for n in collector.result() if n not in ALWAYS}
+        part = LayerStats(found.tokens, found.count_E, found.gate_sum_E, tensors)
+        ctx.shared_part(keys[collector.name], CalibrationStats, lambda part=part: CalibrationStats({layer.index: part}))
+
+
+def _assembled(layer: int, keys: Mapping[str, str], ctx: Context) -> LayerStats:
+    parts = [ctx.shared_part(key, CalibrationStats, _not_there)[layer] for key in keys.values()]
+    extra = {name: tensor for part in parts for name, tensor in part.extra.items()}
+    return LayerStats(parts[0].tokens, parts[0].count_E, parts[0].gate_sum_E, extra)
+
+
+def _not_there() -> CalibrationStats:
+    raise RuntimeError("a part went missing while the stage ran")
+
+
+def _part_key(text: Tokenised, model: Checkpoint, name: str, layer: int, ctx: Context) -> str:
+    key = _key(
+        version=VERSION, model=ctx.input_keys["model"], text=text.digest, seed=ctx.seed, dtype=model.facts.dtype,
+        statistic=name, layer=layer,
+    )  # fmt: skip
+    return f"statistic-{name}-{layer:03d}-{key}"
+
+
+def _key(**values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# -- experts with few tokens
+
+
+def _see_to_starved(stats: CalibrationStats, opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationStats:
+    floor = opt.min_tokens_per_expert
+    starved = starved_in(stats, floor.n) if floor is not None else {}
+    if not starved:
+        return stats
+    said = f"{_many(starved)} of {_experts(stats)} experts got fewer than {floor.n} tokens"
+    if floor.action == "fail":
+        raise StageFailed(f"{said}: {_named(stats, starved)}", hint="raise `samples`, or write `action: top_up`")
+    if floor.action == "warn":
+        ctx.note(f"{said}: {_named(stats, starved)}")
+        return stats
+    return _top_up(stats, starved, said, opt, model, ctx)
+
+
+def _top_up(
+    stats: CalibrationStats, starved: Starved, said: str, opt: Statistics, model: Checkpoint, ctx: Context
+) -> CalibrationStats:
+    floor, first, before = opt.min_tokens_per_expert, starved, stats
+    names = [name for name in opt.statistics if is_per_expert(name)]
+    samples, draw = 0, 0
+    while starved and draw < floor.draws:
+        draw += 1
+        text = _tokens(opt, model, ctx, draw)
+        if len(text.ids) == 0:
+            break
+        samples += len(text.ids)
+        stats = topped_up(stats, _collect(text, names, starved, opt, model, ctx), starved)
+        starved = starved_in(stats, floor.n)
+    change = {
+        str(layer): {str(e): [int(before[layer].count_E[e]), int(stats[layer].count_E[e])] for e in experts}
+        for layer, experts in first.items()
+    }
+    ctx.record("top_up", change)
+    kept = [name for name in opt.statistics if not is_per_expert(name)]
+    left = f"; still below: {_named(stats, starved)}" if starved else ""
+    same = f"; {', '.join(f'`{name}`' for name in kept)} stay those of the first draw" if kept else ""
+    ctx.note(
+        f"{said}; {samples} further samples were run, and only these experts' entries of "
+        f"{', '.join(f'`{name}`' for name in [*ALWAYS, *names])} take part in them: "
+        f"compare their means, not their sums{same}{left}"
+    )
+    source = stats.source | {"top_up": f"{_many(first)} experts, {samples} further samples"}
+    return CalibrationStats(dict(stats), source)
+
+
+def _named(stats: CalibrationStats, starved: Starved) -> str:
+    """`layer 0: expert 4 (9 tokens), expert 7 (0 tokens); layer 2: ...`, the first of them."""
+    pairs = [(layer, expert) for layer, experts in starved.items() for expert in experts]
+    words = []
+    for layer in dict.fromkeys(layer for layer, _ in pairs[:_SHOWN]):
+        some = [f"expert {e} ({int(stats[layer].count_E[e])} tokens)" for at, e in pairs[:_SHOWN] if at == layer]
+        words.append(f"layer {layer}: {', '.join(some)}")
+    more = f"; and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
+    return "; ".join(words) + more
+
+
+def _many(starved: Starved) -> int:
+    return sum(len(experts) for experts in starved.values())
+
+
+def _experts(stats: CalibrationStats) -> int:
+    return sum(len(s.count_E) for s in stats.values())
