@@ -102,8 +102,13 @@ def _results(metrics: Sequence[MetricRow]) -> list[dict[str, Any]]:
 
 def _result(row: MetricRow) -> dict[str, Any]:
     known = {"stderr": row.after_stderr, "before": row.before, "samples": row.samples}
-    args = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
-    return {"type": row.metric, "name": row.metric, "value": row.after} | ({"args": args} if args else {})
+    args = {name: _six_digits(value) for name, value in known.items() if value is not None and math.isfinite(value)}
+    measured = {"type": row.metric, "name": row.metric, "value": _six_digits(row.after)}
+    return measured | ({"args": args} if args else {})
+
+
+def _six_digits(value: float | None) -> float | None:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _loading(report: Report) -> str:

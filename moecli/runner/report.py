@@ -445,8 +445,10 @@ def _metric_words(metrics: Sequence[MetricRow]) -> str:
     return ", ".join(words)
 
 
-def _errors_apart(row: MetricRow) -> float:
-    return abs(row.delta or 0.0) / (row.delta_stderr or 1e-12)
+def _errors_apart(row: MetricRow) -> tuple[bool, float]:
+    """How sure a difference is; one without a standard error comes after all that have one."""
+    known = bool(row.delta_stderr)
+    return known, abs(row.delta or 0.0) / (row.delta_stderr or abs(row.before or 0.0) or 1.0)
 
 
 class LayerCoverage(BaseModel):
@@ -684,6 +686,8 @@ def stages_text(stages: Sequence[StageRecord]) -> str:
     """What of the times belongs to this run."""
     cached = sum(s.cached for s in stages)
     spent = duration_text(sum(s.seconds for s in stages if not s.cached))
+    if cached == len(stages):
+        return "Every stage came from an earlier run; the times are from then."
     if not cached:
         return f"All stages together took {spent}."
     return f"This run took {spent}; {plural(cached, 'stage')} came from an earlier run, with the time spent then."

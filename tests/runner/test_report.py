@@ -30,6 +30,7 @@ from moecli.runner.report import (
     per_layer_text,
     render_markdown,
     save,
+    stages_text,
     value_text,
     verdict,
 )
@@ -239,6 +240,13 @@ def test_other_numbers() -> None:
     ]
     assert value_text(0.5, 0.01) == "0.5000 ± 0.0100"
     assert value_text(10.91, 0.5) == "10.91 ± 0.50"
+
+
+def test_only_stages_that_ran_count_as_time_of_this_run() -> None:
+    cached, ran, other = small().stages
+    assert stages_text((cached, ran, other)).startswith("This run took 3.50 s; 1 stage came from an earlier run")
+    assert stages_text((ran, other)) == "All stages together took 3.50 s."
+    assert stages_text((cached,)) == "Every stage came from an earlier run; the times are from then."
 
 
 def test_a_fence_outgrows_its_text() -> None:
