@@ -7,9 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moecli import __version__
 from moecli.core.artifacts import CalibrationStats, Checkpoint, Evaluation, ExpertPlan
+from moecli.core.model import ModelFacts
 from moecli.families import Linear, linears_of
 from moecli.io.formats import DenseView
 from moecli.recipe.schema import resolved_yaml
@@ -159,13 +161,7 @@ def _figures(execution: Execution) -> Figures:
     load: dict[int, tuple[int, ...]] = {}
     for outcome in list(_of_type(execution, CalibrationStats))[:1]:
         load = {int(layer): tuple(counts) for layer, counts in outcome.manifest["records"].get("load", {}).items()}
-    kept: dict[int, tuple[int, ...]] = {}
-    groups: dict[int, tuple[int, ...]] = {}
     dendrograms: dict[int, Dendrogram] = {}
-    for outcome in execution.outcomes.values():
-        records = outcome.manifest["records"]
-        kept |= {int(layer): tuple(experts) for layer, experts in records.get("kept", {}).items()}
-        groups |= {int(layer): tuple(group) for layer, group in records.get("groups", {}).items()}
     for outcome in list(_of_type(execution, ExpertPlan))[:1]:
         plan = execution.artifact(_index(execution, outcome), ExpertPlan)
         assert isinstance(plan, ExpertPlan)
@@ -173,6 +169,32 @@ def _figures(execution: Execution) -> Figures:
             if "linkage" in layer_plan.extra:
                 linkage = tuple(tuple(row) for row in layer_plan.extra["linkage"].tolist())
                 dendrograms[layer] = Dendrogram(linkage=linkage, groups=tuple(layer_plan.group_E.tolist()))
-            if layer in groups:
-                kept[layer] = tuple(layer_plan.lead_K.tolist())
+    kept, groups = fates_of_experts(
+        execution.source.facts, [o.manifest["records"] for o in execution.outcomes.values()]
+    )
     return Figures(load=load, kept=kept, groups=groups, dendrograms=dendrograms)
+
+
+ByLayer = dict[int, tuple[int, ...]]
+
+
+def fates_of_experts(facts: ModelFacts, records: Iterable[Mapping[str, Any]]) -> tuple[ByLayer, ByLayer]:
+    """(kept, groups) in expert ids of the source, through every stage that pruned or merged.
+
+    `kept`: the source expert that leads each expert left. `groups`: for each source expert the one it became part of,
+    -1 when it was dropped. Stages record `kept`, or `groups` and `leads`, in the ids they found.
+    """
+    kept: ByLayer = {}
+    groups: ByLayer = {}
+    everyone = tuple(range(facts.experts))
+    for record in records:
+        found = {int(layer): ids for layer, ids in record.get("kept", {}).items()}
+        for layer, ids in found.items():
+            kept[layer] = tuple(kept.get(layer, everyone)[i] for i in ids)
+            new = {old: index for index, old in enumerate(ids)}
+            groups[layer] = tuple(new.get(g, -1) for g in groups.get(layer, everyone))
+        for key, group in record.get("groups", {}).items():
+            layer = int(key)
+            kept[layer] = tuple(kept.get(layer, everyone)[i] for i in record["leads"][key])
+            groups[layer] = tuple(group[g] if g >= 0 else -1 for g in groups.get(layer, everyone))
+    return kept, groups

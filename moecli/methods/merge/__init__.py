@@ -57,6 +57,7 @@ def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeGroup, ctx: C
             out.part(f"layer-{layer:03d}", write)
         out.part("mtp", lambda part: family.drop_mtp(part, model))
     ctx.record("groups", {str(layer): p.group_E.tolist() for layer, p in plan.items()})
+    ctx.record("leads", {str(layer): p.lead_K.tolist() for layer, p in plan.items()})
     return out.checkpoint
 
 
