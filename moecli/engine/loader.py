@@ -11,7 +11,6 @@ Nothing stays resident between layers: a sweep reads each weight once, and anoth
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,8 +61,15 @@ class Loader:
             module = self._model.get_submodule(f"{self._names.prefix}.{index}")
             install(module, f"{self._names.prefix}.{index}.", values, self._device)
         if self._ahead and index + 1 < len(self._names.layers):
-            self._pending = self._start(index + 1)
+            self._read_ahead(index + 1)
         return module
+
+    def _read_ahead(self, index: int) -> None:
+        """Begin with the next layer; without room for a second one, never again."""
+        try:
+            self._pending = self._start(index)
+        except torch.OutOfMemoryError:
+            self._ahead = False
 
     def free(self, index: int) -> None:
         """The layer's memory back; buffers stay."""
@@ -188,9 +194,3 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def layer_bytes(model: Any) -> int:
-    """Size of the largest decoder layer."""
-    layers = adapter.decoder_layers(model)[1]
-    return max(sum(math.prod(p.shape) * p.element_size() for p in layer.parameters()) for layer in layers)

@@ -12,8 +12,10 @@ arguments the model itself hands them. How the arguments are found: the decoder 
 recorders that return their input, and the decoder runs once per batch. The final norm and the head run the
 same way, with the true last hidden state put in at the last layer, so no code here knows a family.
 
-Memory on the device: one layer's weights plus the activations of one batch; hidden states stay there too
-when they fit, else on the CPU. Embeddings and head are resident only at the start and the end.
+Memory: one layer's weights (two while the next is read ahead), the hidden states of all tokens twice, and the
+activations of one micro-batch; where they lie and how large it is, `engine.memory` decides. When the device runs
+out all the same, the layer is done again with half as many sequences at a time. Embeddings and head are resident
+only at the start and the end.
 
 On CUDA in bf16 the routed experts run once, in our own grouped pass that keeps their un-gated outputs
 (`engine.fused`, with the tolerance it states). Elsewhere, and for experts of another layout, un-gated outputs are
@@ -25,8 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,10 @@ from moecli.core.errors import StageFailed
 from moecli.core.model import ModelFacts
 from moecli.engine.collectors import Collector, Grouped, LayerShape, collectors, needs_of
 from moecli.engine.data import Batch
+from moecli.engine.flow import Flow, Recorder, Replaced, inputs, moved
 from moecli.engine.fused import FusedLayer, fused
 from moecli.engine.loader import Loader
+from moecli.engine.memory import Plan, plan_for, sizes_of
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP
 
@@ -45,6 +48,7 @@ CHUNK_BYTES = 256 << 20
 """Largest expert output held at a time, counted in fp32."""
 
 Track = Callable[[Sequence[int], str], Iterable[int]]
+T = TypeVar("T")
 
 
 def sweep(
@@ -54,17 +58,22 @@ def sweep(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     track: Track | None = None,
+    plan: Plan | None = None,
 ) -> Sweep:
     """Iterate over the decoder layers of `checkpoint` while `batches` flow through them.
 
-    `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. SurroundingsError when the
-    checkpoint does not fit its own config.
+    `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. `plan` overrules the one made from free
+    memory. SurroundingsError when the checkpoint does not fit its own config.
     """
-    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, track or (lambda items, label: items))
+    show = track or (lambda items, label: items)
+    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan)
 
 
 class Sweep:
-    """One pass over the layers: iterate it once, then `logits` may be asked for."""
+    """One pass over the layers: iterate it once, then `logits` may be asked for.
+
+    `plan` is what was decided about memory, `notes` what happened to it on the way; both are lines for a report.
+    """
 
     def __init__(
         self,
@@ -73,13 +82,15 @@ class Sweep:
         device: torch.device,
         dtype: torch.dtype | None,
         track: Track,
+        plan: Plan | None,
     ) -> None:
         checkpoint = adapter.dense(checkpoint)
-        self._checkpoint, self._batches, self._device, self._track = checkpoint, batches, device, track
+        self._checkpoint, self._device, self._track = checkpoint, device, track
         self._model = _quiet_routers(adapter.empty_model(checkpoint.config, dtype))
         self._names = adapter.tensor_map(self._model, checkpoint)
-        self._home = _home(self._model, batches, device)
-        self._hidden: list[Tensor] = []
+        self.plan = plan or plan_for(sizes_of(self._model, checkpoint.facts, batches), device)
+        self.notes: list[str] = []
+        self._flow = Flow(batches, device, self.plan)
         self._started, self._done = False, 0
 
     def __len__(self) -> int:
@@ -89,28 +100,23 @@ class Sweep:
         if self._started:
             raise RuntimeError("a sweep runs once; make a new one")
         self._started = True
-        runs = self._record()
-        loader = Loader(self._model, self._checkpoint, self._names, self._device, ahead=True)
+        self._flow.hidden = self._record(keep=True)
+        self._flow.shelf.turn()
+        loader = Loader(self._model, self._checkpoint, self._names, self._device, self.plan.ahead)
         try:
             for index in self._track(range(len(self)), "layers"):
-                yield from self._layer(index, loader, runs)
+                yield from self._layer(index, loader)
         finally:
             loader.close()
+            if self._done < len(self):
+                self._flow.shelf.close()
 
-    def _layer(self, index: int, loader: Loader, runs: _Runs) -> Iterator[SweptLayer]:
+    def _layer(self, index: int, loader: Loader) -> Iterator[SweptLayer]:
         module = loader.load(index)
         try:
-            layer = SweptLayer(
-                index,
-                module,
-                self._checkpoint.facts,
-                self._hidden,
-                runs.of(index),
-                self._device,
-                self._home,
-            )
+            layer = SweptLayer(index, module, self._checkpoint.facts, self._flow, lambda: self._halve(index))
             yield layer
-            self._hidden = layer.outputs()
+            self._flow.advance(layer.made())
         finally:
             loader.free(index)
         self._done = index + 1
@@ -121,32 +127,50 @@ class Sweep:
             raise RuntimeError(f"{self._done} of {len(self)} layers have run; logits need all")
         adapter.load_outside(self._model, self._checkpoint, self._names, self._device)
         try:
-            for batch, hidden in zip(self._batches, self._hidden, strict=True):
-                yield self._finish(batch, hidden.to(self._device))
+            held: list[Tensor] = []
+            for index, source in enumerate(self._flow.sources):
+                held.append(self._finish(index))
+                if self._flow.sources[index + 1 : index + 2] != [source]:
+                    yield held[0] if len(held) == 1 else torch.cat(held)
+                    held = []
         finally:
             adapter.free_outside(self._model, self._names)
 
-    @torch.no_grad()
-    def _record(self) -> _Runs:
-        """Embed every batch and note what each layer is called with."""
-        adapter.load_outside(self._model, self._checkpoint, self._names, self._device)
-        runs = _Runs(self._batches, self._device, self._home)
-        for batch in self._batches:
-            recorders = [_Recorder(layer) for layer in adapter.decoder_layers(self._model)[1]]
-            with _Replaced(self._model, self._names.prefix, recorders):
-                self._model.base_model(**_inputs(batch, self._device), use_cache=False)
-            self._hidden.append(recorders[0].hidden.to(self._home))
-            runs.add([recorder.arguments for recorder in recorders])
-        adapter.free_outside(self._model, self._names)
-        return runs
+    def _halve(self, index: int) -> bool:
+        """Half as many sequences at a time after the device ran out of memory; False when there is one only."""
+        if not self._flow.halve():
+            return False
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        now = self._flow.sequences
+        self.notes.append(
+            f"layer {index} ran out of memory; from there at most {now} sequence{'s' * (now > 1)} at a time"
+        )
+        self._record(keep=False)
+        return True
 
     @torch.no_grad()
-    def _finish(self, batch: Batch, hidden_BSD: Tensor) -> Tensor:
+    def _record(self, keep: bool) -> list[Tensor]:
+        """Embed every micro-batch and note what each layer is called with; the embeddings if `keep`."""
+        adapter.load_outside(self._model, self._checkpoint, self._names, self._device)
+        hidden = []
+        for index, batch in enumerate(self._flow.batches):
+            recorders = [Recorder(layer) for layer in adapter.decoder_layers(self._model)[1]]
+            with Replaced(self._model, self._names.prefix, recorders):
+                self._model.base_model(**inputs(batch, self._device), use_cache=False)
+            if keep:
+                hidden.append(self._flow.shelf.put(index, recorders[0].hidden))
+            self._flow.add([recorder.arguments for recorder in recorders])
+        adapter.free_outside(self._model, self._names)
+        return hidden
+
+    @torch.no_grad()
+    def _finish(self, index: int) -> Tensor:
         layers = adapter.decoder_layers(self._model)[1]
-        recorders = [_Recorder(layer) for layer in layers]
-        recorders[-1].answer = hidden_BSD
-        with _Replaced(self._model, self._names.prefix, recorders):
-            return self._model(**_inputs(batch, self._device), use_cache=False).logits
+        recorders = [Recorder(layer) for layer in layers]
+        recorders[-1].answer = self._flow.here(index)
+        with Replaced(self._model, self._names.prefix, recorders):
+            return self._model(**inputs(self._flow.batches[index], self._device), use_cache=False).logits
 
 
 class SweptLayer:
@@ -160,13 +184,11 @@ class SweptLayer:
         index: int,
         module: nn.Module,
         facts: ModelFacts,
-        hidden: Sequence[Tensor],
-        runs: Sequence[_Run],
-        device: torch.device,
-        home: torch.device,
+        flow: Flow,
+        halve: Callable[[], bool],
     ) -> None:
         self.index, self.module, self._facts = index, module, facts
-        self._inputs, self._runs, self._device, self._home = hidden, runs, device, home
+        self._flow, self._halve = flow, halve
         self._outputs: list[Tensor] | None = None
         self._look()
 
@@ -187,7 +209,7 @@ class SweptLayer:
             raise StageFailed(f"layer {self.index} has no experts to observe")
         always = {c.name: c for c in collectors(("count", "gate_sum"))}
         wanted = {**always, **{c.name: c for c in some}}
-        tokens = self._observe(list(wanted.values()))
+        tokens = self._within_memory(lambda: self._observe(list(wanted.values())))
         found = {name: value for c in wanted.values() for name, value in c.result().items()}
         return LayerStats(tokens, found.pop("count"), found.pop("gate_sum"), found)
 
@@ -214,28 +236,54 @@ class SweptLayer:
         self._outputs = None
 
     def outputs(self) -> list[Tensor]:
-        """What the layer makes of each batch, [B, S, D], computed once for the weights as they are now."""
+        """What the layer makes of each batch, [B, S, D], computed once for the weights as they are now. Valid until
+        the loop goes on.
+        """
+        made = self.made()
+        self._flow.shelf.settle()
+        return self._flow.joined(made)
+
+    def made(self) -> list[Tensor]:
+        """`outputs`, one for each micro-batch, perhaps still on their way."""
         if self._outputs is None:
-            with fused(self.module, self.parts, keep=False):
-                self._outputs = [self._forward(i).to(self._home) for i in range(len(self._inputs))]
+            self._outputs = self._within_memory(self._run)
         return self._outputs
 
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """Do the work; when the device's memory does not suffice, with half as many sequences at a time."""
+        while True:
+            self._outputs = None
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # what the failed pass holds is free only after this clause
+            if not self._halve():
+                raise StageFailed(
+                    "out of memory with one sequence at a time",
+                    where=f"layer {self.index}",
+                    hint="lower `tokens_per_sample`, or use a device with more memory",
+                )
+
+    def _run(self) -> list[Tensor]:
+        with fused(self.module, self.parts, keep=False):
+            return [self._flow.shelf.put(i, self._forward(i)) for i in range(len(self._flow.hidden))]
+
     @torch.no_grad()
-    def _forward(self, batch: int) -> Tensor:
-        args, kwargs = _moved(self._runs[batch].arguments, self._device)
-        out = self.module(self._inputs[batch].to(self._device), *args, **kwargs)
+    def _forward(self, index: int) -> Tensor:
+        args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)
+        out = self.module(self._flow.here(index), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def _observe(self, wanted: Sequence[Collector]) -> int:
         for collector in wanted:
-            collector.start(self.shape, self._device)
+            collector.start(self.shape, self._flow.device)
         needs, tokens, outputs = needs_of(wanted), 0, []
         with fused(self.module, self.parts, keep="outputs" in needs) as fast:
-            for i, run in enumerate(self._runs):
+            for i in range(len(self._flow.hidden)):
                 with _Probe(self.module, self.parts, needs, self.index) as probe:
-                    outputs.append(self._forward(i).to(self._home))
-                seen = probe.tokens(run.rows, tokens, self.shape, fast)
+                    outputs.append(self._flow.shelf.put(i, self._forward(i)))
+                seen = probe.tokens(self._flow.run(self.index, i).rows, tokens, self.shape, fast)
                 tokens += seen.tokens
                 _update(wanted, seen)
                 del probe, seen  # before the next batch: they hold several activations
@@ -410,119 +458,8 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
         owner._parameters[last] = nn.Parameter(value, requires_grad=False)
 
 
-# --- recording what the layers are called with ----------------------------------------------------
-
-
-class _Recorder(nn.Module):
-    """Stands for a decoder layer: notes its arguments and returns its input, or `answer`."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_layer", layer)
-        self.answer: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_layer"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.hidden, self.arguments = hidden, (args[1:], kwargs)
-        return hidden if self.answer is None else self.answer
-
-
-class _Replaced:
-    """The decoder layers of a model, replaced for a while."""
-
-    def __init__(self, model: nn.Module, path: str, layers: Sequence[nn.Module]) -> None:
-        parent, _, self._name = path.rpartition(".")
-        self._parent = model.get_submodule(parent)
-        self._mine, self._stock = nn.ModuleList(layers), getattr(self._parent, self._name)
-
-    def __enter__(self) -> None:
-        setattr(self._parent, self._name, self._mine)
-
-    def __exit__(self, *exc: object) -> None:
-        setattr(self._parent, self._name, self._stock)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One batch in one layer."""
-
-    arguments: tuple[tuple, dict[str, Any]]
-    rows: Tensor | None
-    """Rows of [B*S] that are no padding; None when all are."""
-
-
-class _Runs:
-    """Arguments of every layer for every batch. Equal tensors are kept once: without padding all batches
-    share them.
-    """
-
-    def __init__(self, batches: Sequence[Batch], device: torch.device, home: torch.device) -> None:
-        self._rows = [_valid_rows(batch, device) for batch in batches]
-        self._home = home
-        self._batches: list[list[tuple[tuple, dict[str, Any]]]] = []
-        self._known: dict[tuple, list[Tensor]] = {}
-
-    def add(self, arguments: list[tuple[tuple, dict[str, Any]]]) -> None:
-        seen: dict[int, Tensor] = {}
-        self._batches.append([_mapped(layer, lambda t: self._shared(t, seen)) for layer in arguments])
-
-    def of(self, layer: int) -> list[_Run]:
-        return [_Run(batch[layer], rows) for batch, rows in zip(self._batches, self._rows, strict=True)]
-
-    def _shared(self, tensor: Tensor, seen: dict[int, Tensor]) -> Tensor:
-        if id(tensor) not in seen:
-            known = self._known.setdefault((tensor.shape, tensor.dtype), [])
-            mine = tensor.to(self._home)
-            equal = next((other for other in reversed(known[-4:]) if torch.equal(other, mine)), None)
-            if equal is None:
-                known.append(mine)
-            seen[id(tensor)] = mine if equal is None else equal
-        return seen[id(tensor)]
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and dicts with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(v, change) for v in value)
-    if type(value) is dict:
-        return {k: _mapped(v, change) for k, v in value.items()}
-    return value
-
-
-def _moved(arguments: tuple[tuple, dict[str, Any]], device: torch.device) -> tuple[tuple, dict[str, Any]]:
-    return _mapped(arguments, lambda tensor: tensor.to(device))
-
-
-def _valid_rows(batch: Batch, device: torch.device) -> Tensor | None:
-    mask = batch.attention_mask.flatten() != 0
-    return None if bool(mask.all()) else mask.nonzero().flatten().to(device)
-
-
-def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    return {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
-
-
 def _quiet_routers(model: Any) -> Any:
     """No router loss: it would ask the recorders for router logits."""
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False
     return model
-
-
-def _home(model: Any, batches: Sequence[Batch], device: torch.device) -> torch.device:
-    """Where hidden states wait: on the device when inputs and outputs of a layer fit beside its weights,
-    else the CPU.
-    """
-    if device.type != "cuda":
-        return torch.device("cpu")
-    layers = adapter.decoder_layers(model)[1]
-    weights = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
-    width = model.config.get_text_config().hidden_size
-    states = 2 * sum(batch.input_ids.numel() for batch in batches) * width * model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if weights + states < 0.6 * free else torch.device("cpu")
