@@ -245,6 +245,8 @@ def type_words(field: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
     if kind == "array":
         inner = field.get("items") or {}
         return f"list of {type_words(inner, defs)}" if inner else "list"
+    if kind == "object" and field.get("properties"):
+        return f"mapping of {', '.join(field['properties'])}"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
     return " ".join([words.get(str(kind), "mapping"), *_bounds(field)])
 

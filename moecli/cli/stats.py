@@ -57,7 +57,7 @@ def show(
 def merge(
     first: Annotated[str, _place("A")],
     second: Annotated[str, _place("B")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="File to write, named *.safetensors.")],
+    out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="File to write, named *.safetensors.")],
     json_: Json = False,
 ) -> None:
     """Put statistics over different text of one model together."""
