@@ -16,7 +16,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from moecli.families import facts_of
 from moecli.io.reader import FolderCheckpoint
 
 ALL_EXPERTS = ("y_mean",)
+LIGHT = [name for name in CATALOGUE if name not in ALL_EXPERTS]
+ROUTED = "forward + all statistics of routed tokens"
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,6 @@ def observing(names: list[str]) -> Callable[[SweptLayer], None]:
     return lambda layer: layer.observe(collectors(names))
 
 
-def run_through(source: FolderCheckpoint, batches: list[Batch], device: str) -> None:
-    for _ in sweep(source, batches, device=device):
-        pass
-
-
 def main() -> None:
     args = arguments()
     shape, device = SHAPES[args.shape], args.device
@@ -231,19 +228,21 @@ def main() -> None:
         source = FolderCheckpoint(folder, facts_of)
         ids = torch.randint(0, shape.vocab, (args.samples, args.length))
         batches = [Batch(part, torch.ones_like(part)) for part in ids.split(args.batch)]
-        for row in rows(source, batches, shape, bench, dtype, matrix, copy):
+        for row in rows(source, batches, shape, bench, dtype, matrix, copy, args.depth):
             print(row.text(), flush=True)
 
 
-def rows(source, batches, shape: Shape, bench: Bench, dtype: torch.dtype, matrix: float, copy: float):
+def rows(
+    source: FolderCheckpoint, batches: list[Batch], shape: Shape, bench: Bench, dtype: torch.dtype,
+    matrix: float, copy: float, depth: int,
+) -> Iterator[Row]:  # fmt: skip
     tokens = sum(batch.input_ids.numel() for batch in batches)
     length = batches[0].input_ids.shape[1]
-    light = [name for name in CATALOGUE if name not in ALL_EXPERTS]
     works = {
         "forward": bare,
         "forward + counts and gate sums": observing([]),
-        "forward + all statistics of routed tokens": observing(light),
-        "forward + all of these + y_mean": observing([*light, *ALL_EXPERTS]),
+        ROUTED: observing(LIGHT),
+        "forward + all of these + y_mean": observing([*LIGHT, *ALL_EXPERTS]),
     }
     forward = shape.layer_flops(tokens, length) / matrix
     read = shape.output_bytes(tokens, dtype.itemsize) / copy
@@ -252,27 +251,59 @@ def rows(source, batches, shape: Shape, bench: Bench, dtype: torch.dtype, matrix
     found = measure_layers(source, batches, bench, works)
     for (work, (seconds, peak)), floor in zip(found.items(), floors, strict=True):
         yield Row(work, seconds, floor, peak)
-    bare_s, stats_s = found["forward"][0], found["forward + all statistics of routed tokens"][0]
+    bare_s, stats_s = found["forward"][0], found[ROUTED][0]
     rate = shape.layer_flops(tokens, length) / bare_s
     print(f"bare forward {rate / 1e12:.2f} TFLOP/s, {rate / matrix:.1%} of the matrix rate")
     print(f"statistics {stats_s / bare_s:.2f} times the bare forward")
-    yield from streaming(source, batches, bench, bare_s)
+    yield from streaming(source, batches, bench, depth, found)
 
 
-def streaming(source, batches, bench: Bench, bare_s: float):
-    """The rate of weights alone, and what a whole sweep waits for them."""
-    layer_bytes = sum(source.spec(n).bytes for n in source.names() if n.startswith("model.layers."))
+def streaming(source: FolderCheckpoint, batches: list[Batch], bench: Bench, depth: int, found: dict) -> Iterator[Row]:
+    """The rate of weights alone, and what whole sweeps over `depth` layers take against their layers' own time."""
+    layer_bytes = sum(source.spec(n).bytes for n in source.names() if n.startswith("model.layers.0."))
     few = [Batch(batches[0].input_ids[:1, :16], batches[0].attention_mask[:1, :16])]
+    deep = Repeated(source.folder, depth)
+    ready, alone, peak = sweep_seconds(deep, few, [], bench)
+    behind = (depth - 1) * layer_bytes  # the clock starts when the first layer is there
+    floor, rates = copy_floor(source, behind, bench)
+    yield Row(f"weights of {depth - 1} layers, {behind / 1e9:.2f} GB", alone, floor, peak)
+    print(f"weights {behind / alone / 1e9:.2f} GB/s; {rates}; ready after {ready:.2f} s")
+    for work, names in (("forward", None), (ROUTED, LIGHT)):
+        ready, seconds, peak = sweep_seconds(deep, batches, names, bench)
+        yield Row(f"sweep of {depth} layers, {work}", seconds, depth * found[work][0], peak)
+    print(f"floor of sweeps: their layers' own time; embedding and the first layer took {ready:.2f} s before that")
+    print(sweep(deep, batches, device=bench.device).plan)
+
+
+def sweep_seconds(
+    source: FolderCheckpoint, batches: list[Batch], names: list[str] | None, bench: Bench
+) -> tuple[float, float, int]:
+    """Seconds until the first layer is there, seconds from there to the end of the last, and peak memory."""
     bench.reset_peak()
-    alone = bench.seconds(lambda: run_through(source, few, bench.device))
-    floor, rates = copy_floor(source, layer_bytes, bench)
-    yield Row(
-        f"weights of {len(source.facts.moe_layers)} layers, {layer_bytes / 1e9:.2f} GB", alone, floor, bench.peak()
-    )
-    print(f"weights {layer_bytes / alone / 1e9:.2f} GB/s; {rates}")
-    bench.reset_peak()
-    whole = bench.seconds(lambda: run_through(source, batches, bench.device))
-    yield Row("whole sweep, bare", whole, len(source.facts.moe_layers) * bare_s, bench.peak())
+    start = time.perf_counter()
+    for layer in sweep(source, batches, device=bench.device):
+        if layer.index == 0:
+            bench.wait()
+            begin = time.perf_counter()
+        if names is not None:
+            layer.observe(collectors(names))
+    bench.wait()
+    return begin - start, time.perf_counter() - begin, bench.peak()
+
+
+class Repeated(FolderCheckpoint):
+    """A deeper model over the same files: its layers are those of the folder, again and again."""
+
+    def __init__(self, folder: Path, depth: int) -> None:
+        super().__init__(folder, facts_of)
+        stored = self.facts.layers
+        own = [(name.split(".", 3), entry) for name, entry in self._entries.items() if ".layers." in name]
+        for layer in range(stored, depth):
+            for (model, layers, index, rest), entry in own:
+                if int(index) == layer % stored:
+                    self._entries[f"{model}.{layers}.{layer}.{rest}"] = entry
+        self.config = {**self.config, "num_hidden_layers": depth}
+        self.facts = facts_of(self.config)
 
 
 def copy_floor(source: FolderCheckpoint, size: int, bench: Bench) -> tuple[float, str]:
@@ -305,6 +336,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int)
+    parser.add_argument(
+        "--depth", type=int, help="layers of the whole sweeps, which read the same files again and again"
+    )
     parser.add_argument("--samples", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch")
@@ -312,6 +346,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     large = args.shape != "small"
     args.layers = args.layers or (4 if large else 3)
+    args.depth = args.depth or (48 if large else args.layers)
     args.samples = args.samples or (128 if large else 8)
     args.length = args.length or (2048 if large else 256)
     return args

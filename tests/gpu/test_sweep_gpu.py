@@ -60,8 +60,7 @@ def test_fp32_equals_the_cpu(family: str, tiny_model: Maker) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: str, tiny_model: Maker) -> None:
     """Bit for bit in fp32, where the stock modules run. In bf16 norms and routed sums round in another order, which
-    moves last bits, and with them a token at the border between two experts; measured on an H100: 1e-2 to 2e-2 over
-    two layers of toy weights.
+    moves last bits, and with them a token at the border between two experts.
     """
     source, batches = open_folder(tiny_model(family, dtype=dtype)), random_batches()
     model = load_model(source, "cuda")
@@ -73,6 +72,7 @@ def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: s
             layer.observe(collectors(CATALOGUE))
     for found, wanted in zip(swept.logits(), expected, strict=True):
         if dtype == "bfloat16":
+            print(f"{family}: relative error of logits {relative_error(found, wanted):.1e}")
             assert relative_error(found, wanted) < 5e-2
         else:
             assert torch.equal(found, wanted)
@@ -119,6 +119,7 @@ def test_fused_statistics_equal_the_stock_modules(
     # Norms differ in the last bit, so a token at the border between two experts may change sides.
     assert int((found.count_E - wanted.count_E).abs().sum()) <= 4
     errors = {name: relative_error(found[name], wanted[name]) for name in names}
+    print(f"{family}: relative errors", {name: f"{e:.1e}" for name, e in errors.items()})
     assert {name: e for name, e in errors.items() if e > 1e-2} == {}
     assert max(relative_error(a, b) for a, b in zip(after, stock, strict=True)) < 1e-2
 
