@@ -27,7 +27,7 @@ from moecli.core.artifacts import Checkpoint
 from moecli.core.errors import SurroundingsError
 from moecli.families.alias import make_alias
 from moecli.families.family import ALIAS_KEY, FAMILIES, family_of
-from moecli.io.formats import DenseView
+from moecli.io.formats import DenseView, packed_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -224,9 +224,8 @@ def load_model(
 
 
 def dense(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with packed linears read as ordinary weights; one without any is returned as it is."""
-    packed = any(name.endswith(".weight_packed") for name in checkpoint.names())
-    return DenseView(checkpoint) if packed else checkpoint
+    """The checkpoint with packed weights read as ordinary ones; one without any is returned as it is."""
+    return DenseView(checkpoint) if packed_weights(checkpoint.names()) else checkpoint
 
 
 def load_layer(
@@ -278,10 +277,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise SurroundingsError(
             "the model has no tokenizer: none of " + ", ".join(f"`{name}`" for name in known) + " is beside its weights"
         )
+    folder = Path(path).parent
     try:
-        return AutoTokenizer.from_pretrained(Path(path).parent)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise SurroundingsError(f"the tokenizer in `{Path(path).parent}` cannot be loaded: {_one_line(error)}") from error
+        raise SurroundingsError(f"the tokenizer in `{folder}` cannot be loaded: {_one_line(error)}") from error
 
 
 class _Lazy:

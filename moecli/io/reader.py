@@ -215,7 +215,12 @@ def tensor_entries(folder: Path, headers: Mapping[Path, Header]) -> dict[str, En
 
 
 def side_files(folder: Path) -> dict[str, str]:
-    """Small files that travel with the weights: name relative to the folder -> path, sorted."""
+    """Small files that travel with the weights: name relative to the folder -> path, sorted.
+
+    SurroundingsError when the folder is gone.
+    """
+    if not folder.is_dir():
+        raise SurroundingsError(f"the model folder `{folder}` does not exist")
     names = (
         path.relative_to(folder).as_posix()
         for path in [*folder.glob("*"), *folder.glob("*/*")]

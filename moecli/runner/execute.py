@@ -22,7 +22,6 @@ from moecli.core.stage import Options
 from moecli.io.durable import disk_errors
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
 from moecli.io.store import RunFolder, SharedParts, StageFolder
-from moecli.recipe.schema import resolved_yaml
 from moecli.runner import lookup
 from moecli.runner.open import OpenedRecipe
 from moecli.runner.plan import SOURCE, Plan, Step, key_of
@@ -220,7 +219,7 @@ def run(
     folder = RunFolder(run_dir)
     with folder.lock():
         execution = Execution(opened, folder, torch.device(device), listener)
-        folder.write_text("recipe.yaml", resolved_yaml(plan.recipe, plan.options))
+        folder.write_text("recipe.yaml", plan.resolved_recipe())
         for stage_folder in folder.stages():
             if redo == EXPORT and stage_folder.name == EXPORT:
                 stage_folder.remove()

@@ -6,7 +6,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from moecli import __version__
@@ -14,7 +13,6 @@ from moecli.core.artifacts import CalibrationStats, Checkpoint, Evaluation, Expe
 from moecli.core.model import ModelFacts
 from moecli.families import Linear, linears_of
 from moecli.io.formats import DenseView
-from moecli.recipe.schema import resolved_yaml
 from moecli.runner import lookup
 from moecli.runner.execute import Execution, Outcome, environment
 from moecli.runner.plan import SOURCE
@@ -48,10 +46,10 @@ def gather(execution: Execution) -> Report:
     origin = execution.origin
     env = environment(execution.device)
     return Report(
-        name=plan.recipe.name or Path(plan.recipe.path).stem or execution.run.path.name,
+        name=plan.name or execution.run.path.name,
         created_by=__version__,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        recipe=resolved_yaml(plan.recipe, plan.options),
+        recipe=plan.resolved_recipe(),
         source=SourceRecord(name=origin.name, kind=origin.kind, revision=origin.revision, digest=origin.digest),
         environment=Environment(
             python=env["python"], torch=env["torch"], transformers=env["transformers"], device=env["device"]
@@ -105,7 +103,7 @@ def size_of(checkpoint: Checkpoint) -> SizeSide:
 
 
 def _part(name: str, linears: Mapping[str, Linear]) -> Part:
-    weight = re.sub(r"\.weight_(packed|scale|shape)$", ".weight", name)
+    weight = re.sub(r"_(packed|scale|shape)$", "", name)
     if weight in linears and linears[weight].role in _PARTS:
         return _PARTS[linears[weight].role]
     return "embeddings" if re.search(r"embed|lm_head|wte", name) else "other"

@@ -16,7 +16,7 @@ from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, Expert
 from moecli.core.errors import Diagnostic, MoecliError, Problem, RecipeError
 from moecli.core.model import ModelSketch
 from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
-from moecli.recipe.schema import Recipe, StageEntry
+from moecli.recipe.schema import Recipe, StageEntry, resolved_yaml
 from moecli.runner import lookup
 
 SOURCE = -1
@@ -67,6 +67,15 @@ class Plan:
     def final(self) -> int:
         """Index of the step whose checkpoint becomes `model/`, or SOURCE."""
         return max((i for i, step in enumerate(self.steps) if step.writes_weights), default=SOURCE)
+
+    @property
+    def name(self) -> str | None:
+        """What a run of it is called: the recipe's `name`, else its file's; None for one made in memory."""
+        return self.recipe.name or Path(self.recipe.path).stem or None
+
+    def resolved_recipe(self) -> str:
+        """The recipe with every default and its name written out: run from elsewhere, it makes the same again."""
+        return resolved_yaml(self.recipe.model_copy(update={"name": self.name}), self.options)
 
     def sketch_of(self, index: int) -> ModelSketch:
         return self.source if index == SOURCE else self.steps[index].sketch

@@ -177,12 +177,10 @@ class _Bar:
 
 def _load_tasks(opt: LmEval) -> None:
     """Build each task with its data, as the evaluation will. SurroundingsError names the one that fails."""
-    from lm_eval.tasks import get_task_dict
-
     manager = _tasks(opt)
     for task in opt.tasks:
         try:
-            get_task_dict([task], manager)
+            manager.load(task)
         except Exception as error:  # task files hold code and data of their own, and may fail in any way
             said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise SurroundingsError(f"lm-eval cannot load the task `{task}`: {said}") from error
