@@ -140,7 +140,7 @@ def _folder_name(stage_name: str) -> str:
 def redo_hint(folder: Path) -> str | None:
     """What to type when something inside a stage's folder is damaged; None outside of a run."""
     if folder.name == "parts" and (folder.parent / "recipe.yaml").exists():
-        return f"`moecli clean {folder.parent}` drops it, the next run makes it again"
+        return f"`moecli run {folder.parent / 'recipe.yaml'} --redo calibrate` makes it again"
     for stage_folder in (folder, *folder.parents):
         if stage_folder.parent.parent.name == "stages":
             name = stage_folder.parent.name.replace("-", "/", 1)

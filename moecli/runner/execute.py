@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from moecli import __version__
-from moecli.core.artifacts import Artifact, Checkpoint, CheckpointWriter
+from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, CheckpointWriter
 from moecli.core.errors import StageFailed, SurroundingsError, UsageError
 from moecli.core.stage import Options
 from moecli.io.durable import disk_errors
@@ -225,6 +225,8 @@ def run(
                 stage_folder.remove()
         for step in forget:
             execution.folder(step).remove()
+        if any(issubclass(step.stage.output, CalibrationStats) for step in forget):
+            folder.parts.remove()  # or the stage would be made of the same parts again
         for index in range(stop):
             execution.step(index)
             if index == plan.final:

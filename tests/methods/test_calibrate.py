@@ -16,6 +16,7 @@ from moecli.methods.calibrate import statistics as module
 from moecli.methods.calibrate.statistics import Statistics
 from moecli.recipe.schema import resolved_yaml
 from moecli.runner.execute import Execution
+from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -98,6 +99,31 @@ def test_fewer_statistics_run_nothing(checkpoint, text, context, observed, monke
     found = module.statistics(options(text, statistics=["absmax"]), checkpoint(), context("other"))
     assert observed == []
     assert list(found[0].extra) == ["absmax"]
+
+
+def test_tensors_with_names_of_their_own_find_their_part():
+    class Named:
+        def __init__(self, name, tensors):
+            self.name, self.tensors = name, tensors
+
+        def result(self):
+            return dict.fromkeys(self.tensors, torch.ones(1))
+
+    made = [Named("hgh", ["hgh", "hgh_sq"]), Named("count", ["count"]), Named("hgh_max", ["hgh_max"])]
+    extra = {name: torch.ones(1) for name in ("hgh", "hgh_sq", "hgh_max")}
+    expected = {"hgh": ["hgh", "hgh_sq"], "count": [], "hgh_max": ["hgh_max"]}
+    assert {c: list(t) for c, t in module._by_collector(made, extra).items()} == expected
+    odd = [Named("sample", ["rows", "kept"]), Named("hgh", ["hgh"])]
+    found = module._by_collector(odd, {"hgh": torch.ones(1), "kept": torch.ones(1), "rows": torch.ones(1)})
+    assert {c: list(t) for c, t in found.items()} == {"sample": ["kept", "rows"], "hgh": ["hgh"]}
+
+
+def test_redo_forgets_the_parts_too(tiny_model, text, tmp_path, observed):
+    stages = [{"run": "calibrate/statistics", "with": {"dataset": str(text), **SIZE}}]
+    run_recipe(tmp_path, tiny_model("qwen3_moe"), stages)
+    observed.clear()
+    run_plan(open_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", redo="calibrate")
+    assert observed == [["count"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -297,6 +323,15 @@ def test_the_resolved_recipe_names_the_commit(tiny_model, tmp_path, monkeypatch)
 def test_hub_data_without_a_commit_is_not_run(checkpoint, context):
     with pytest.raises(SurroundingsError, match="the data set `org/b` is not in the hub's cache"):
         module.statistics(options("org/b"), checkpoint(), context())
+
+
+def test_missing_text_is_said_before_anything_runs(text):
+    options(text).ready()
+    with pytest.raises(SurroundingsError, match=r"the data set `nowhere.jsonl` does not exist"):
+        options(f"{text}, nowhere.jsonl").ready()
+    with pytest.raises(SurroundingsError, match=r"`.*recipe.yaml` is none of .json"):
+        (text.parent / "recipe.yaml").touch()
+        options(text.parent / "recipe.yaml").ready()
 
 
 def test_a_preset_brings_its_own_numbers():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moecli.core.errors import SurroundingsError
-from moecli.engine.data.sources import SUFFIXES, TextSource, kind_of, parse
+from moecli.engine.data.sources import SUFFIXES, TextSource, is_pinned, kind_of, parse
 
 MESSAGES = "messages"
 """Column of a conversation, used where the column `text` is asked for and a row has none."""
@@ -47,16 +47,36 @@ def documents(
     return _texts(rows[: source.rows], field, name, keep_empty, render)
 
 
-def _local(path: Path, field: str) -> list[Any]:
+def check_there(source: TextSource) -> None:
+    """SurroundingsError when a local data set is missing, or a hub data set has no commit to be loaded at."""
+    if source.path is not None:
+        _files(source.path)
+    elif not is_pinned(source):
+        raise SurroundingsError(
+            f"the data set `{source.dataset}` is not in the hub's cache, and the hub does not tell its commit",
+            hint=f"`hf download {source.dataset} --repo-type dataset` where there is a network",
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all in a folder that can be read."""
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.is_file() and kind_of(p) in SUFFIXES)
         if not inside:
             raise SurroundingsError(f"the folder `{path}` holds no {', '.join(SUFFIXES)} file")
-        return [text for file in inside for text in _local(file, field)]
+        return inside
     if not path.exists():
         raise SurroundingsError(f"the data set `{path}` does not exist")
-    if kind_of(path) not in _READERS:
+    if kind_of(path) not in SUFFIXES:
         raise SurroundingsError(f"`{path}` is none of {', '.join(SUFFIXES)}, with or without .gz")
+    return [path]
+
+
+def _local(path: Path, field: str) -> list[Any]:
+    return [row for file in _files(path) for row in _rows_of(file, field)]
+
+
+def _rows_of(path: Path, field: str) -> list[Any]:
     try:
         return _READERS[kind_of(path)](path, field)
     except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:

@@ -26,16 +26,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from torch import Tensor
 
 from moecli.core.artifacts import CalibrationStats, Checkpoint, LayerStats
 from moecli.core.context import Context
-from moecli.core.errors import MoecliError, Problem, StageFailed, SurroundingsError
+from moecli.core.errors import MoecliError, Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import Options, RunSetting, stage
-from moecli.engine.collectors import CATALOGUE, collectors
-from moecli.engine.data import PRESETS, TextSource, Tokenised, shares, sources_of, spec_text, tokenise
+from moecli.engine.collectors import CATALOGUE, Collector, collectors
+from moecli.engine.data import PRESETS, TextSource, Tokenised, check_there, shares, sources_of, spec_text, tokenise
 from moecli.engine.data import identity as data_identity
-from moecli.engine.data.sources import is_pinned, pinned
+from moecli.engine.data.sources import pinned
 from moecli.engine.stats import ALWAYS, Starved, is_per_expert, starved_in, topped_up
 from moecli.engine.sweep import SweptLayer, sweep
 from moecli.io.sources import digest_path
@@ -121,6 +122,10 @@ class Statistics(Options):
             return {}
         return {"dataset": data_identity(self.sources, digest)}
 
+    def ready(self) -> None:
+        for source in self.sources:
+            check_there(source)
+
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         yield from self._source_problems()
         if self.tokens_per_sample > model.max_positions:
@@ -162,21 +167,12 @@ class Statistics(Options):
 
 @stage("calibrate/statistics", version=VERSION)
 def statistics(opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationStats:
-    _refuse_unpinned(opt)
+    opt.ready()
     text = _tokens(opt, model, ctx, draw=0)
     layers = _collect(text, opt.statistics, model.facts.moe_layers, opt, model, ctx)
     stats = CalibrationStats(layers, _source(opt, model, text, ctx))
     _report_coverage(stats, ctx)
     return _see_to_starved(stats, opt, model, ctx)
-
-
-def _refuse_unpinned(opt: Statistics) -> None:
-    for source in opt.sources:
-        if not is_pinned(source):
-            raise SurroundingsError(
-                f"the data set `{source.dataset}` is not in the hub's cache, and the hub does not tell its commit",
-                hint=f"`hf download {source.dataset} --repo-type dataset` where there is a network",
-            )
 
 
 def _source(opt: Statistics, model: Checkpoint, text: Tokenised, ctx: Context) -> dict[str, Any]:
@@ -238,10 +234,21 @@ def _observe(layer: SweptLayer, names: Sequence[str], keys: Mapping[str, str], c
     """One pass over the layer's tokens for all statistics it lacks; each becomes a part of its own."""
     made = collectors(names)
     found = layer.observe(made)
-    for collector in made:
-        tensors = {n: found.extra[n] for n in collector.result() if n not in ALWAYS}
-        part = LayerStats(found.tokens, found.count_E, found.gate_sum_E, tensors)
-        ctx.shared_part(keys[collector.name], CalibrationStats, lambda part=part: CalibrationStats({layer.index: part}))
+    for name, tensors in _by_collector(made, found.extra).items():
+        part = CalibrationStats({layer.index: LayerStats(found.tokens, found.count_E, found.gate_sum_E, tensors)})
+        ctx.shared_part(keys[name], CalibrationStats, lambda part=part: part)
+
+
+def _by_collector(made: Sequence[Collector], extra: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a layer by the collector they come from: its name is theirs, or the start of it."""
+
+    def owner(name: str) -> str | None:
+        return max((c.name for c in made if f"{name}_".startswith(f"{c.name}_")), key=len, default=None)
+
+    owners = {name: owner(name) for name in extra}
+    if None in owners.values():  # names of another kind: asking copies the tensors from the device once more
+        owners = {name: c.name for c in made for name in c.result()}
+    return {c.name: {n: tensor for n, tensor in extra.items() if owners[n] == c.name} for c in made}
 
 
 def _assembled(layer: int, keys: Mapping[str, str], ctx: Context) -> LayerStats:

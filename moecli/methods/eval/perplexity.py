@@ -13,8 +13,9 @@ Source: lm-evaluation-harness; windowed form as in GPTQ's and SparseGPT's publis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import PositiveInt
@@ -23,8 +24,9 @@ from moecli.core.artifacts import Checkpoint, Evaluation, Metric
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
-from moecli.core.stage import Options, RunSetting, SourcePath, stage
-from moecli.engine.data import read_rows
+from moecli.core.stage import Options, RunSetting, stage
+from moecli.engine.data import identity as data_identity
+from moecli.engine.data import parse, pinned, read_rows, spec_text
 from moecli.families.adapter import load_model, load_tokenizer
 from moecli.ops.scoring import block_windows, ratio, rolling_windows, target_logprobs
 
@@ -32,7 +34,7 @@ from moecli.ops.scoring import block_windows, ratio, rolling_windows, target_log
 class Perplexity(Options):
     """Options of `eval/perplexity`."""
 
-    dataset: Annotated[str, SourcePath()]
+    dataset: str
     """A local json, jsonl, parquet or txt file (also .gz), `demo`, or a hub data set `org/name[config](split)`."""
     field: str = "text"
     """Column that holds the text."""
@@ -44,6 +46,13 @@ class Perplexity(Options):
     """Precision to compute in; `auto` is the checkpoint's. Many CPUs are much faster in `float32`."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Windows per forward pass."""
+
+    def resolve(self, needs: tuple[str, ...]) -> Self:
+        """A hub data set gets the commit its revision stands for."""
+        return self.model_copy(update={"dataset": spec_text(pinned(parse(self.dataset)))})
+
+    def identity(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        return {"dataset": data_identity(parse(self.dataset), digest)}
 
     def ready(self) -> None:
         read_rows(self.dataset, self.field)
