@@ -92,10 +92,12 @@ def turn(before_TD: Tensor, added_TD: Tensor) -> Tensor:
     return (1 - torch.cosine_similarity(before, after, dim=-1)).clamp(min=0)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, rounded to x's type before the weight."""
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, early: bool = True) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in fp32; `early` rounds to x's type before the weight
+    is multiplied, as most families do, else only after it.
+    """
     if fast := kernels("grouped", x):
-        return fast.rms_norm(x, weight_D, eps)
+        return fast.rms_norm(x, weight_D, eps, early)
     value = x.float()
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
-    return weight_D * value.to(x.dtype)
+    return weight_D * value.to(x.dtype) if early else (weight_D.float() * value).to(x.dtype)

@@ -11,8 +11,9 @@ import torch
 
 from moecli.core.artifacts import Checkpoint
 from moecli.core.errors import SurroundingsError
+from moecli.engine import loader as loader_module
 from moecli.engine.data import Batch
-from moecli.engine.loader import Loader
+from moecli.engine.loader import Loader, Piece, Staging, spans
 from moecli.engine.sweep import sweep
 from moecli.families import adapter
 from moecli.families.slots import Slots
@@ -74,6 +75,43 @@ def test_an_overlay(tiny_model: Maker, tmp_path: Path) -> None:
         out.part("swap", lambda part: (part.put(first, source.get(first) * 2), part.rename(second, first)))
     assert out.checkpoint.entry(second) == source.entry(first)
     assert_same(loaded(out.checkpoint), out.checkpoint)
+
+
+@pytest.mark.parametrize("span_bytes", [1 << 10, 20_000, 16 << 20])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_spans_land_in_their_places(
+    family: str, span_bytes: int, tiny_model: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that run on CUDA, on the CPU; small spans cut tensors, large ones join them."""
+    monkeypatch.setattr(loader_module, "SPAN_BYTES", span_bytes)
+    source = open_folder(tiny_model(family))
+    model = adapter.empty_model(source.config, torch.bfloat16)
+    names = adapter.tensor_map(model, source)
+    loader, found = Loader(model, source, names, torch.device("cpu"), ahead=False), []
+    loader._staging, loader._ahead = Staging(torch.device("cpu")), True
+    for layer in names.layers:
+        found.append(contents(loader.load(layer)))
+    loader.close()
+    assert_same(found, source, torch.bfloat16)
+
+
+def test_spans_join_what_lies_side_by_side(tiny_model: Maker) -> None:
+    source = open_folder(tiny_model("qwen3_moe"))
+    names = sorted(source.names(), key=lambda name: source.entry(name).start)
+    pieces = [Piece(source.entry(n), 0, torch.empty(source.spec(n).numel)) for n in names]
+    assert [len(span) for span in spans(pieces[::-1])] == [len(names)]
+    left = [len(span) for span in spans(pieces[:3] + pieces[4:9])]
+    assert left == [3, 5]
+
+
+def test_computed_tensors_are_sent_too(tiny_model: Maker) -> None:
+    source = MemoryCheckpoint.of(open_folder(tiny_model("qwen3_moe")))
+    name, target = "model.norm.weight", torch.empty(64, dtype=torch.bfloat16)
+    staging = Staging(torch.device("cpu"))
+    for job in staging.send(source, [(name, target)]):
+        job.result()
+    staging.close()
+    assert torch.equal(target, source.get(name).bfloat16())
 
 
 def test_other_layouts_go_through_the_conversion(tiny_model: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,7 @@ def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: s
             layer.observe(collectors(CATALOGUE))
     for found, wanted in zip(swept.logits(), expected, strict=True):
         if dtype == "bfloat16":
-            print(f"{family}: relative error of logits {relative_error(found, wanted):.1e}")
-            assert relative_error(found, wanted) < 5e-2
+            assert relative_error(found, wanted) < 1e-2
         else:
             assert torch.equal(found, wanted)
 
@@ -119,9 +118,8 @@ def test_fused_statistics_equal_the_stock_modules(
     # Norms differ in the last bit, so a token at the border between two experts may change sides.
     assert int((found.count_E - wanted.count_E).abs().sum()) <= 4
     errors = {name: relative_error(found[name], wanted[name]) for name in names}
-    print(f"{family}: relative errors", {name: f"{e:.1e}" for name, e in errors.items()})
-    assert {name: e for name, e in errors.items() if e > 1e-2} == {}
-    assert max(relative_error(a, b) for a, b in zip(after, stock, strict=True)) < 1e-2
+    assert {name: e for name, e in errors.items() if e > 5e-3} == {}
+    assert max(relative_error(a, b) for a, b in zip(after, stock, strict=True)) < 5e-3
 
 
 def test_a_layer_is_observed_without_waiting_for_the_device(tiny_model: Maker) -> None:
@@ -204,7 +202,7 @@ def test_a_device_that_is_too_small_takes_fewer_sequences(tmp_path: Path) -> Non
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     swept = sweep(open_folder(folder), batches, device="cuda", plan=Plan("pinned", 16, True, 0))
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (150 << 20)) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (80 << 20)) / total)
     try:
         tokens = [layer.observe(collectors(["ean_sum"])).tokens for layer in swept]
     finally:

@@ -36,11 +36,9 @@ def compare(fast: ModuleType, dtype: torch.dtype, device: str, tokens: int = 37,
     before, added = (draw(tokens, width, dtype=dtype, device=device, seed=s) for s in (4, 5))
     torch.testing.assert_close(fast.turn(before, added), twin(grouped.turn, before, added), rtol=1e-4, atol=1e-6)
     weight = draw(width, dtype=dtype, device=device, seed=6)
-    torch.testing.assert_close(
-        fast.rms_norm(gate_up[..., :width], weight, 1e-6),
-        twin(grouped.rms_norm, gate_up[..., :width], weight, 1e-6),
-        **near,
-    )
+    for early in (True, False):
+        args = (gate_up[..., :width], weight, 1e-6, early)
+        torch.testing.assert_close(fast.rms_norm(*args), twin(grouped.rms_norm, *args), **near)
 
 
 def _on_cpu(function: object, *args: object) -> object:

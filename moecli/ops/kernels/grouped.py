@@ -140,22 +140,28 @@ def turn(before_TD: Tensor, added_TD: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rms_norm(x, weight, target, S, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _rms_norm(
+    x, weight, target, S, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < S) & (column < D)
     value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
-    value = (value * scale[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    value = value * scale[:, None]
+    if EARLY:
+        value = value.to(x.dtype.element_ty).to(tl.float32)
     by = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     tl.store(target + row * D + column, (value * by).to(target.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, early: bool) -> Tensor:
     x = x.contiguous()
     width = x.shape[-1]
-    target = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight_D.dtype), device=x.device)
+    dtype = torch.promote_types(x.dtype, weight_D.dtype) if early else x.dtype
+    target = torch.empty(x.shape, dtype=dtype, device=x.device)
     count = x.numel() // width
     rows, columns, warps = _tile(width)
-    _rms_norm[(triton.cdiv(count, rows),)](x, weight_D, target, count, eps, width, rows, columns, num_warps=warps)
+    grid = (triton.cdiv(count, rows),)
+    _rms_norm[grid](x, weight_D, target, count, eps, width, rows, columns, early, num_warps=warps)
     return target
