@@ -49,6 +49,8 @@ class Linear:
     name: str
     role: Role
     layer: int | None
+    transposed: bool = False
+    """Inputs before outputs, as some stacked experts are: [E, K, N]"""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -339,12 +341,14 @@ class Family:
 
     def linears_in(self, specs: Mapping[str, TensorSpec]) -> Iterator[Linear]:
         stacked = {
-            name: layer for layer in self.facts.moe_layers for name in _stacks(self.layout(specs, layer))
+            linear.name: linear
+            for layer in self.facts.moe_layers
+            for linear in _stacks(self.layout(specs, layer), layer)
         }
         for name, spec in specs.items():
             layer = _layer_of(name)
             if name in stacked:
-                yield Linear(name, "expert", stacked[name])
+                yield stacked[name]
             elif len(spec.shape) != 2 or not name.endswith(".weight") or self.is_extra(name):
                 continue
             elif name.endswith("lm_head.weight"):
@@ -501,9 +505,11 @@ def linears_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> li
     return list(family_of(config).linears_in(specs))
 
 
-def _stacks(form: Layout) -> tuple[str, ...]:
+def _stacks(form: Layout, layer: int) -> list[Linear]:
     """The 3-D weights of a stacked layout."""
-    return form.names_of(0)[:2] if isinstance(form, InStacks) else ()
+    if not isinstance(form, InStacks):
+        return []
+    return [Linear(name, "expert", layer, form.form.transposed) for name in form.names_of(0)[:2]]
 
 
 def _experts_on_disk(form: PerExpert, names: set[str], experts: int) -> int:

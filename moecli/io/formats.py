@@ -8,12 +8,22 @@ For a linear `X` with weight [N, K], b bits and groups of g columns:
 
 Symmetric integers only. Sources: compressed-tensors 0.18 to 0.20 (dense packing of odd widths since 0.18) and
 transformers' `integrations/compressed_tensors.py`.
+
+No stock reader has a form for a tensor that holds all experts of a layer. For those, `X` 3-D and E experts of
+[N, K] in it, there is a form of our own, which only compact exports hold (`runner.export` sees to that):
+
+    X_packed   int32 [E, N, ceil(K*b/32)]   as above, expert by expert; X keeps its name, `.weight` in it or not
+    X_scale    model dtype [E, N, K/g]      ([E, N, 1] with one scale for each output channel)
+    X_shape    int64 [4] = the three sizes of X, then 1 where X itself is [E, K, N], else 0
+
+K is always the input width: `transposed` tensors (gpt_oss) are packed the other way round, so that one scale
+belongs to the inputs of one output, as in the 2-D form. A scheme's targets match X as they match a linear.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moecli.core.artifacts import Checkpoint, PartWriter
@@ -35,7 +45,7 @@ CHANNEL = -1
 
 
 class PackedNames(NamedTuple):
-    """What replaces `X.weight`."""
+    """What replaces `X.weight`, or a stacked `X`."""
 
     packed: str
     scale: str
@@ -52,9 +62,7 @@ class Group(NamedTuple):
 
 
 def packed_names(weight_name: str) -> PackedNames:
-    """Names for `X.weight`. ValueError for a name that ends otherwise."""
-    if not weight_name.endswith(".weight"):
-        raise ValueError(f"`{weight_name}` is no `.weight` of a linear")
+    """Names for `X.weight`, or for a stacked tensor of any name."""
     return PackedNames(f"{weight_name}_packed", f"{weight_name}_scale", f"{weight_name}_shape")
 
 
@@ -107,35 +115,68 @@ def _group(targets: Sequence[str], bits: int, group_size: int) -> dict[str, Any]
     }
 
 
-def packed_specs(weight_name: str, spec: TensorSpec, bits: int, group_size: int) -> dict[str, TensorSpec]:
-    """What stands on disk for a weight [N, K] of this spec, scales in its dtype. `group_size` divides K."""
-    rows, columns = spec.shape
+def packed_specs(
+    weight_name: str, spec: TensorSpec, bits: int, group_size: int, transposed: bool = False
+) -> dict[str, TensorSpec]:
+    """What stands on disk for a weight [N, K] or [E, N, K] of this spec, scales in its dtype.
+
+    `group_size` divides K. `transposed`: the spec is [E, K, N].
+    """
+    *experts, rows, columns = _logical(spec.shape, transposed)
+    groups = 1 if group_size == CHANNEL else columns // group_size
     names = packed_names(weight_name)
     return {
-        names.packed: TensorSpec("int32", (rows, -(-columns * bits // 32))),
-        names.scale: TensorSpec(spec.dtype, (rows, 1 if group_size == CHANNEL else columns // group_size)),
-        names.shape: TensorSpec("int64", (2,)),
+        names.packed: TensorSpec("int32", (*experts, rows, -(-columns * bits // 32))),
+        names.scale: TensorSpec(spec.dtype, (*experts, rows, groups)),
+        names.shape: TensorSpec("int64", (4 if experts else 2,)),
     }
 
 
 def put_packed(part: PartWriter, weight_name: str, codes_NK: Tensor, scale_NG: Tensor, bits: int) -> None:
-    """Write codes and scales in place of the parent's weight."""
+    """Write codes and scales in place of the parent's 2-D weight."""
+    _put(part, weight_name, pack_rows(codes_NK, bits), scale_NG, codes_NK.shape, bits)
+
+
+def put_packed_stack(
+    part: PartWriter, weight_name: str, packed_ENW: Tensor, scale_ENG: Tensor,
+    shape: Sequence[int], bits: int, transposed: bool = False,
+) -> None:  # fmt: skip
+    """Write what `pack_rows` made of each expert in place of the parent's tensor, which has this `shape`.
+
+    `transposed`: it is [E, K, N].
+    """
+    _put(part, weight_name, packed_ENW, scale_ENG, (*shape, int(transposed)), bits)
+
+
+def _put(
+    part: PartWriter, weight_name: str, packed: Tensor, scale: Tensor, shape: Sequence[int], bits: int
+) -> None:
     import torch
 
     names = packed_names(weight_name)
     part.drop(weight_name, f"packed to {bits} bits")
-    part.put(names.packed, pack_rows(codes_NK, bits))
-    part.put(names.scale, scale_NG)
-    part.put(names.shape, torch.tensor(codes_NK.shape, dtype=torch.int64))
+    part.put(names.packed, packed)
+    part.put(names.scale, scale)
+    part.put(names.shape, torch.tensor(shape, dtype=torch.int64))
+
+
+def _logical(shape: Sequence[int], transposed: bool) -> tuple[int, ...]:
+    """[..., N, K] from the shape on disk."""
+    return (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
 
 
 def is_packed(checkpoint: Checkpoint, weight_name: str) -> bool:
-    """Whether `X.weight` is stored packed. Names that do not end in `.weight` never are."""
-    return weight_name.endswith(".weight") and packed_names(weight_name).packed in checkpoint
+    """Whether `X.weight`, or a stacked `X`, is stored packed."""
+    return packed_names(weight_name).packed in checkpoint
+
+
+def packed_weights(names: Iterable[str]) -> set[str]:
+    """The weights that these on-disk names hold packed."""
+    return {name.removesuffix("_packed") for name in names if name.endswith("_packed")}
 
 
 class DenseView(StoredCheckpoint):
-    """A checkpoint whose packed linears read as ordinary `X.weight`, dequantized when asked for.
+    """A checkpoint whose packed weights read as ordinary ones, dequantized when asked for.
 
     Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
     compact export as the alias checkpoint it was made from.
@@ -148,11 +189,10 @@ class DenseView(StoredCheckpoint):
         config = dict(self.parent.config)
         quantization, guard = _unwrapped(config.pop("quantization_config", None))
         self._schemes = _schemes(quantization)
+        self._shapes: dict[str, list[int]] = {}
         self.config: Mapping[str, Any] = config
         self.facts = self.facts_of(config)
-        self._packed = {
-            name.removesuffix("_packed") for name in self.parent.names() if name.endswith(".weight_packed")
-        }
+        self._packed = packed_weights(self.parent.names())
         hidden = {part for name in self._packed for part in packed_names(name)}
         shown = {name for name in self.parent.names() if name not in hidden and name != guard}
         self._names = dict.fromkeys(sorted(self._packed | shown, key=natural_key))
@@ -176,8 +216,7 @@ class DenseView(StoredCheckpoint):
     def spec(self, name: str) -> TensorSpec:
         if name not in self._packed:
             return self.parent.spec(self._known(name))
-        rows, columns = self.parent.get(packed_names(name).shape).tolist()
-        return TensorSpec(self.parent.spec(packed_names(name).scale).dtype, (rows, columns))
+        return TensorSpec(self.parent.spec(packed_names(name).scale).dtype, self._shape(name)[0])
 
     def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         if name not in self._packed:
@@ -203,9 +242,20 @@ class DenseView(StoredCheckpoint):
         return ("own", name) if name in self._packed else self.parent.origin(self._known(name))
 
     def bits(self, name: str) -> int:
-        """Bits of a packed `X.weight`, by the config's groups. SurroundingsError when none of them covers
-        it."""
+        """Bits of a packed weight, by the config's groups. SurroundingsError when none of them covers it."""
         return self._scheme(name).bits
+
+    def group_size(self, name: str) -> int:
+        """Inputs that share a scale in a packed weight."""
+        shape, transposed = self._shape(name)
+        return _logical(shape, transposed)[-1] // self.parent.spec(packed_names(name).scale).shape[-1]
+
+    def _shape(self, name: str) -> tuple[tuple[int, ...], bool]:
+        """Shape of the dense tensor, and whether its inputs come before its outputs."""
+        if name not in self._shapes:
+            self._shapes[name] = self.parent.get(packed_names(name).shape).tolist()
+        found = self._shapes[name]
+        return (tuple(found[:3]), bool(found[3])) if len(found) == 4 else (tuple(found), False)
 
     def _scheme(self, name: str) -> Group:
         module = name.removesuffix(".weight")
@@ -218,14 +268,22 @@ class DenseView(StoredCheckpoint):
     def _dense(self, name: str, packed_NW: Tensor, scale_NG: Tensor) -> Tensor:
         from moecli.ops.pack import dequantize, unpack_rows
 
-        scheme = self._scheme(name)
-        columns = self.spec(name).shape[1]
-        words = -(-columns * scheme.bits // 32)
-        if packed_NW.shape[1] != words:
+        bits = self._scheme(name).bits
+        shape, transposed = self._shape(name)
+        columns = _logical(shape, transposed)[-1]
+        words = -(-columns * bits // 32)
+        if packed_NW.shape[-1] != words:
             raise SurroundingsError(
-                f"`{name}` needs {words} words a row at {scheme.bits} bits, it has {packed_NW.shape[1]}"
+                f"`{name}` needs {words} words a row at {bits} bits, it has {packed_NW.shape[-1]}"
             )
-        return dequantize(unpack_rows(packed_NW, scheme.bits, columns), scale_NG)
+        if len(shape) == 2:
+            return dequantize(unpack_rows(packed_NW, bits, columns), scale_NG)
+        # Expert by expert: unpacking takes 8 bytes for each code.
+        dense = scale_NG.new_empty((len(packed_NW), *shape[1:]))
+        for expert, packed, scale in zip(dense, packed_NW, scale_NG, strict=True):
+            weight_NK = dequantize(unpack_rows(packed, bits, columns), scale)
+            expert.copy_(weight_NK.mT if transposed else weight_NK)
+        return dense
 
     def _known(self, name: str) -> str:
         if name not in self._names:
@@ -273,5 +331,5 @@ def _matches_pattern(module: str, target: str) -> bool:
 
 
 def _matches_class(module: str, target: str) -> bool:
-    """Class names hold for every packed tensor: only linears are packed."""
+    """Class names hold for every packed tensor: only linears, and experts that are some, are packed."""
     return target == "Linear"

@@ -1,8 +1,9 @@
 """The finished model folder, in one of three forms.
 
 stock      one expert for each router row and one packing for all experts: loads with nothing of ours
-compact    router rows that share experts, or experts packed in different ways: loads with `import moecli`,
-           or with `trust_remote_code=True` and the file put beside the weights
+compact    router rows that share experts, experts packed in different ways, or packed experts that stay stacked
+           in one tensor: loads with `import moecli`, or with `trust_remote_code=True` and the file put beside
+           the weights
 expanded   a compact model written out, dense, with a copy of its expert for each row: stock, nothing saved
 
 All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes.
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moecli.core.artifacts import Checkpoint
-from moecli.core.errors import MoecliError, UsageError
+from moecli.core.errors import UsageError
 from moecli.core.model import TensorSpec
 from moecli.families import ALIAS_KEY, family_of
 from moecli.io.durable import natural_key
-from moecli.io.formats import DenseView, is_packed, packed_names
+from moecli.io.formats import DenseView, is_packed, packed_names, packed_weights
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.writer import Export, export_folder
 from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
@@ -56,9 +57,6 @@ def export(
 
 def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
     """What `export` writes, as a checkpoint: config and tensors of the folder to be."""
-    for name in checkpoint.names():
-        if name.endswith(".weight_packed") and len(checkpoint.spec(name).shape) != 2:
-            raise MoecliError(f"`{name}` packs all experts of a layer in one tensor, which no loader reads")
     if kind == "expanded":
         return _Expanded(DenseView(checkpoint))
     if kind == "compact":
@@ -77,6 +75,13 @@ def _not_stock(checkpoint: Checkpoint) -> tuple[str, str] | None:
             f"its {checkpoint.facts.router_rows} router rows share {share} experts in each layer",
             "put `- run: router/row-drop` below the merge, or write `export: compact`",
         )
+    packed = packed_weights(checkpoint.names())
+    if any(len(checkpoint.spec(packed_names(name).packed).shape) == 3 for name in packed):
+        return (
+            f"transformers has no packed form for the experts of `{checkpoint.facts.model_type}`, which one tensor "
+            "a layer holds",
+            "write `export: compact`",
+        )
     if len(packings := _expert_packings(checkpoint)) > 1:
         return (
             f"transformers reads one packing for all experts, they have {' and '.join(packings)}",
@@ -87,17 +92,14 @@ def _not_stock(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 def _expert_packings(checkpoint: Checkpoint) -> list[str]:
     """How routed experts are packed, in words, each way once; `16-bit` stands for not packed."""
-    names = set(checkpoint.names())
-    if not any(name.endswith(".weight_packed") for name in names):
+    if not packed_weights(checkpoint.names()):
         return []
     dense, found = DenseView(checkpoint), set()
     for linear in family_of(dense.config).linears(dense):
         if linear.role != "expert":
             continue
         if is_packed(checkpoint, linear.name):
-            groups = checkpoint.spec(packed_names(linear.name).scale).shape[-1]
-            group_size = dense.spec(linear.name).shape[-1] // groups
-            found.add(f"{dense.bits(linear.name)} bits in groups of {group_size}")
+            found.add(f"{dense.bits(linear.name)} bits in groups of {dense.group_size(linear.name)}")
         else:
             found.add("16 bits")
     return sorted(found, key=natural_key)

@@ -32,7 +32,7 @@ from moecli.core.artifacts import Checkpoint
 from moecli.core.model import ModelFacts, TensorSpec
 from moecli.families import facts_of, family_of
 from moecli.io.durable import gib
-from moecli.io.formats import DenseView, packed_names
+from moecli.io.formats import DenseView, packed_names, packed_weights
 from moecli.io.overlay import fates
 from moecli.io.reader import FolderCheckpoint, StoredCheckpoint, stored
 from moecli.runner.export import Kind, as_written, choose
@@ -192,11 +192,11 @@ def compare(exported: Checkpoint, source: Checkpoint) -> tuple[dict[str, str], l
     experts = {linear.name for linear in family.linears(source) if linear.role == "expert"}
     accounting, lost = {}, []
     for name in source.names():
-        if name in names:
+        if packed_names(name).packed in names:  # first: a compact export's guard may have taken the name
+            accounting[name] = "dropped: packed"
+        elif name in names:
             old, new = source.spec(name), exported.spec(name)
             accounting[name] = "kept" if old == new else f"rewritten from {list(old.shape)} to {list(new.shape)}"
-        elif name.endswith(".weight") and packed_names(name).packed in names:
-            accounting[name] = "dropped: packed"
         elif name in experts:
             accounting[name] = "dropped: expert pruned or merged"
         elif family.is_extra(name):
@@ -415,7 +415,7 @@ def _compare_logits(
         here = model(input_ids=torch.tensor(tokens), use_cache=False).logits.float()
     there = load_file(file)["logits"]
     difference = _largest_difference(here, there)
-    packed = any(name.endswith(".weight_packed") for name in exported.names())
+    packed = packed_weights(exported.names())
     allowed = PACKED_TOLERANCE * float(here.abs().max()) if packed else 0.0
     if difference <= allowed:
         return Check("logits", "passed", f"largest difference {difference:g}, allowed {allowed:g}"), []

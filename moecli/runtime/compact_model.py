@@ -4,12 +4,14 @@ A compact checkpoint has the `model_type` and the tensor names of the original m
 
 * fewer experts than router rows in a layer, with an int64 buffer `....experts.alias_map` from row to expert;
 * a number of experts that differs from layer to layer, with or without such a map;
-* packed integers instead of a weight: `X.weight_packed`, `X.weight_scale`, `X.weight_shape` for `X.weight`.
+* packed integers instead of a weight: `X.weight_packed`, `X.weight_scale`, `X.weight_shape` for `X.weight`;
+* the same for all experts of a layer, 3-D where the model stacks them on disk: `X_packed` [E, N, W], `X_scale`
+  [E, N, G] and `X_shape` [4], the last of which says whether `X` is [E, K, N] (K inputs, N outputs).
 
 `config.json` says so in `quantization_config`:
 
     {"quant_method": "moecli", "experts": {"<layer>": M}, "rows": E or {"<layer>": R},
-     "packed": {"bits": b, "group_size": g} or null, "guard": name or null}
+     "packed": what the integers are (this loader sees it in their shapes) or null, "guard": name or null}
 
 Loading it takes `import moecli`, or `trust_remote_code=True` with this file beside the weights: the file
 needs torch and transformers (5.17 to 5.x) only. Packed weights are unpacked while loading, so the model in memory
@@ -50,7 +52,8 @@ from moecli.families.alias import make_alias
 METHOD = "moecli"
 GUARD_BUFFER = "moecli_guard"
 PARTS = ("_packed", "_scale", "_shape")
-LINEAR_PARTS = tuple(rf"\.weight{part}$" for part in PARTS)
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")
+"""Names in the model, of every family, of the tensors that hold all experts of a layer."""
 
 
 class CompactConfig(QuantizationConfigMixin):
@@ -98,11 +101,12 @@ class CompactQuantizer(HfQuantizer):
         self._originals: dict[int, Any] = {}
         if not self.quantization_config.packed:
             return weight_conversions
-        conversions = [unpacking(conversion) for conversion in weight_conversions]
-        self._originals = {id(ours): stock for ours, stock in zip(conversions, weight_conversions, strict=True)}
-        guard = self.quantization_config.guard
-        first = [guard_renaming(guard)] if guard else []
-        return [*first, *conversions, packed_linears()]
+        conversions = [guard_renaming(guard)] if (guard := self.quantization_config.guard) else []
+        for stock in weight_conversions:
+            ours = [unpacking(stock), *stack_renamings(stock)]
+            self._originals |= {id(conversion): stock for conversion in ours}
+            conversions += ours
+        return [*conversions, *packed_stacks(), packed_linears()]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if hasattr(model, GUARD_BUFFER):
@@ -115,7 +119,7 @@ class CompactQuantizer(HfQuantizer):
     def _forget_packing(self, model: nn.Module) -> None:
         """The model is dense now and `save_pretrained` writes it so: its config must not say packed."""
         used = [self._originals.get(id(conversion)) for conversion in model._weight_conversions]
-        model._weight_conversions = [stock for stock in used if stock is not None]
+        model._weight_conversions = list({id(stock): stock for stock in used if stock is not None}.values())
         self.quantization_config = copy.copy(self.quantization_config)
         self.quantization_config.packed = self.quantization_config.guard = None
         model.config.quantization_config = self.quantization_config
@@ -201,6 +205,20 @@ def unpack(packed: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
     return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
+def unpack_stack(packed: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
+    """As `unpack`, expert by expert: packed [E, N, W], scale [E, N, G], shape [4] of the result and `transposed`.
+
+    Unpacking takes 8 bytes for each code: those of one expert, not of a layer.
+    """
+    *sizes, transposed = shape.flatten().tolist()
+    columns = shape.new_tensor([sizes[1] if transposed else sizes[2]])
+    dense = torch.empty(sizes, dtype=scale.dtype, device=scale.device)
+    for expert, codes, factors in zip(dense, packed, scale, strict=True):
+        weight = unpack(codes, factors, columns)
+        expert.copy_(weight.mT if transposed else weight)
+    return dense
+
+
 class Unpack(ConversionOps):
     """First operation of a converter that merges experts: packed sources become the dense ones it expects."""
 
@@ -218,19 +236,41 @@ class Unpack(ConversionOps):
         return out
 
 
-class UnpackLinear(ConversionOps):
-    """The three parts of one weight become the weight."""
+class UnpackWhole(ConversionOps):
+    """The three parts of one tensor become the tensor."""
 
     hf_quantizer = True
 
-    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
-        parts = (_listed(input_dict[pattern])[0] for pattern in LINEAR_PARTS)
-        return {full_layer_name: unpack(*parts)}
+    def convert(
+        self, input_dict: Mapping[str, Any], source_patterns: list[str], full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """{source pattern: [tensor]} of all three patterns, in the order of PARTS."""
+        packed, scale, shape = (_listed(input_dict[pattern])[0] for pattern in source_patterns)
+        return {full_layer_name: (unpack_stack if packed.dim() == 3 else unpack)(packed, scale, shape)}
 
 
 def packed_linears() -> WeightConverter:
     """Reads every packed weight that no converter of the model claims."""
-    return WeightConverter(list(LINEAR_PARTS), ".weight", [UnpackLinear()])
+    return _whole(".weight")
+
+
+def packed_stacks() -> list[WeightConverter]:
+    """Read the experts of a layer that are packed as one tensor, under their names in the model."""
+    return [_whole(stack) for stack in STACKS]
+
+
+def _whole(name: str) -> WeightConverter:
+    return WeightConverter([f"{re.escape(name)}{part}$" for part in PARTS], name, [UnpackWhole()])
+
+
+def stack_renamings(conversion: Any) -> list[WeightRenaming]:
+    """Where the model renames stacked experts: the same for their packed parts."""
+    if not isinstance(conversion, WeightRenaming):
+        return []
+    (source, *others), target = conversion._original_source_patterns, conversion._original_target_patterns[0]
+    if others or not f".{target}".endswith(STACKS):
+        return []
+    return [_scoped(WeightRenaming(f"{source.removesuffix('$')}{part}$", target + part), conversion) for part in PARTS]
 
 
 def unpacking(conversion: Any) -> Any:
@@ -245,6 +285,10 @@ def unpacking(conversion: Any) -> Any:
         list(conversion._original_target_patterns),
         [Unpack(), *conversion.operations],
     )
+    return _scoped(changed, conversion)
+
+
+def _scoped(changed: Any, conversion: Any) -> Any:
     changed.scope_prefix, changed.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
     return changed
 

@@ -22,6 +22,7 @@ from moecli.io.formats import (
     packed_names,
     packed_specs,
     put_packed,
+    put_packed_stack,
     quantization_config,
 )
 from moecli.io.overlay import OverlayWriter
@@ -31,6 +32,7 @@ from moecli.ops.pack import dequantize, pack_rows, quantize_rtn
 from tests.io.toys import CONFIG, make_folder, toy_facts
 
 EXPERT = "layers.0.mlp.experts.0.up_proj.weight"
+STACK = "layers.0.mlp.experts.down_proj"
 QUERY = "layers.0.self_attn.q_proj.weight"
 
 
@@ -55,8 +57,7 @@ def opened(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | No
 
 def test_names() -> None:
     assert packed_names("x.weight") == ("x.weight_packed", "x.weight_scale", "x.weight_shape")
-    with pytest.raises(ValueError, match=r"`x\.bias` is no `\.weight` of a linear"):
-        packed_names("x.bias")
+    assert packed_names("experts.down_proj").packed == "experts.down_proj_packed"
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, CHANNEL)])
@@ -125,6 +126,34 @@ def test_forecast_and_what_is_written_agree(tmp_path: Path, bits: int, group_siz
     found = {name: out.checkpoint.spec(name) for name in out.checkpoint.names()}
     assert found == packed_specs(EXPERT, source.spec(EXPERT), bits, group_size)
     assert out.checkpoint.dropped() == {EXPERT: f"packed to {bits} bits"}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("bits", "columns"), [(3, 96), (4, 48), (8, 6)])
+def test_a_stack_of_experts_is_each_expert_packed(
+    tmp_path: Path, bits: int, columns: int, transposed: bool
+) -> None:
+    """As many inputs as outputs in one case: shapes alone do not tell which way round a tensor is."""
+    weight_ENK = torch.randn(3, 6, columns, generator=torch.Generator().manual_seed(bits)).to(torch.bfloat16)
+    on_disk = weight_ENK.mT.contiguous() if transposed else weight_ENK
+    source = opened(tmp_path / "m", {STACK: on_disk}, None)
+    codes, scale = quantize_rtn(weight_ENK, bits, 6)
+    words = torch.stack([pack_rows(expert, bits) for expert in codes])
+    config = CONFIG | {"quantization_config": quantization_config(bits, 6)}
+    with OverlayWriter(tmp_path / "o", source, config=config) as out:
+        out.part("p", lambda part: put_packed_stack(part, STACK, words, scale, on_disk.shape, bits, transposed))
+    found = {name: out.checkpoint.spec(name) for name in out.checkpoint.names()}
+    assert found == packed_specs(STACK, source.spec(STACK), bits, 6, transposed)
+    assert out.checkpoint.get(f"{STACK}_shape").tolist() == [*on_disk.shape, int(transposed)]
+
+    dense = DenseView(out.checkpoint)
+    experts = [rounded(expert, bits, 6) for expert in weight_ENK]
+    expected = torch.stack([expert.mT if transposed else expert for expert in experts])
+    assert dense.names() == (STACK,)
+    assert dense.spec(STACK) == source.spec(STACK)
+    assert torch.equal(dense.get(STACK), expected)
+    assert torch.equal(dense.rows(STACK, 1, 3), expected[1:])
+    assert (dense.bits(STACK), dense.group_size(STACK)) == (bits, 6)
 
 
 class TestDenseView:

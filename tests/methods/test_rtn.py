@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from moecli.core.errors import MoecliError
-from moecli.families import linears_of
+from moecli.families import FAMILIES, family_of, linears_of
 from moecli.io.formats import DenseView, is_packed
 from moecli.methods.quantize.rtn import Rtn, rtn
+from moecli.ops.pack import dequantize, quantize_rtn
 from moecli.runner.open import sketch_of
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "ernie4_5_moe"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_linear_but_routers_and_head_is_packed(model_type, checkpoint, context):
     model, ctx = checkpoint(model_type), context()
     rtn(Rtn(bits=4, group_size=8), model, ctx)
@@ -52,6 +53,23 @@ def test_a_group_size_that_divides_no_width_is_said_with_one_that_does(checkpoin
     assert problem.hint == "write `group_size: 32`"
 
 
-def test_stacked_experts_are_refused_before_anything_is_written(checkpoint):
-    with pytest.raises(MoecliError, match="holds all experts of a layer in one tensor"):
-        Rtn(group_size=16).forecast(sketch_of(checkpoint("granitemoe")))
+@pytest.mark.parametrize("model_type", ["granitemoe", "gpt_oss"])
+@pytest.mark.parametrize("experts_at_once", [1, 3, 8])
+def test_stacked_experts_are_rounded_along_their_inputs(model_type, experts_at_once, checkpoint, context, monkeypatch):
+    model, ctx = checkpoint(model_type), context()
+    # gate and up: 64 inputs and 64 outputs
+    monkeypatch.setattr("moecli.methods.quantize.rtn.BATCH_ELEMENTS", experts_at_once * 64 * 64)
+    rtn(Rtn(bits=4, group_size=16), model, ctx)
+    packed = ctx.finish(model)
+    before, after = (family_of(model.config).read_experts(c, 1) for c in (model, DenseView(packed)))
+    for expert in range(8):
+        for old, new in zip(before[:3], after[:3], strict=True):
+            assert torch.equal(new[expert], dequantize(*quantize_rtn(old[expert], 4, 16)))
+    if model_type == "gpt_oss":
+        assert torch.equal(before.down_bias_D, after.down_bias_D)
+
+
+def test_a_group_size_that_does_not_divide_the_inputs_of_a_stack_is_named(checkpoint):
+    narrow = checkpoint("gpt_oss", intermediate_size=24)
+    with pytest.raises(MoecliError, match=r"16 does not divide the input width 24 of `.*experts\.down_proj`"):
+        Rtn(group_size=16).forecast(sketch_of(narrow))

@@ -9,10 +9,10 @@ import torch
 
 from moecli.core.artifacts import Checkpoint, ExpertWeights
 from moecli.families import alias_config, facts_of, family_of
-from moecli.io.formats import Group, put_packed, quantization_config
+from moecli.io.formats import Group, put_packed, put_packed_stack, quantization_config
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
 from moecli.io.reader import FolderCheckpoint
-from moecli.ops.pack import quantize_rtn
+from moecli.ops.pack import pack_rows, quantize_rtn
 
 GROUP_SIZE = 16
 ROLES = ("expert", "shared", "attention", "dense")
@@ -77,8 +77,13 @@ def quantized(
 
         def write(part):
             for linear in targets:
-                codes, scale = quantize_rtn(model.get(linear.name), bits_of[linear.name], GROUP_SIZE)
-                put_packed(part, linear.name, codes, scale, bits_of[linear.name])
+                weight, bits = model.get(linear.name), bits_of[linear.name]
+                codes, scale = quantize_rtn(weight.mT if linear.transposed else weight, bits, GROUP_SIZE)
+                if weight.dim() == 2:
+                    put_packed(part, linear.name, codes, scale, bits)
+                else:
+                    words, shape = pack_rows(codes, bits), weight.shape
+                    put_packed_stack(part, linear.name, words, scale, shape, bits, linear.transposed)
 
         out.part("all", write)
     return out.checkpoint

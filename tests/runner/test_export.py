@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moecli.core.errors import MoecliError, UsageError
+from moecli.core.errors import UsageError
 from moecli.families.adapter import load_model
 from moecli.io.formats import DenseView
 from moecli.runner.export import choose, export
@@ -84,7 +84,7 @@ def test_a_pruned_model_is_exported_stock(family, tiny_model, tmp_path):
     assert not (tmp_path / "model" / FILE_NAME).exists()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_a_merged_and_packed_model_is_exported_compact(family, tiny_model, tmp_path):
     chain = merged(opened(tiny_model(family, dtype="bfloat16")), tmp_path / "merged", 4)
     chain = quantized(chain, tmp_path / "quantized")
@@ -144,7 +144,26 @@ def test_a_compact_export_can_be_exported_again(tiny_model, tmp_path):
     assert not (tmp_path / "expanded" / FILE_NAME).exists()
 
 
-def test_a_packed_stack_of_experts_is_refused(tiny_model, tmp_path):
-    chain = quantized(opened(tiny_model("granitemoe", dtype="bfloat16")), tmp_path / "chain")
-    with pytest.raises(MoecliError, match=r"input_linear.weight_packed` packs all experts of a layer in one tensor"):
-        export(chain, tmp_path / "model", "compact")
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_packed_stacks_of_experts_are_compact(family, tiny_model, tmp_path):
+    chain = quantized(opened(tiny_model(family, dtype="bfloat16")), tmp_path / "chain")
+    assert choose(chain) == "compact"
+    export(chain, tmp_path / "model")
+    assert torch.equal(loaded_logits(tmp_path / "model"), chain_logits(chain))
+    with pytest.raises(UsageError, match=f"transformers has no packed form for the experts of `{family}`") as caught:
+        export(chain, tmp_path / "refused", "stock")
+    assert caught.value.hint == "write `export: compact`"
+    export(opened(tmp_path / "model"), tmp_path / "expanded", "expanded")
+    assert torch.equal(loaded_logits(tmp_path / "expanded"), chain_logits(chain))
+
+
+def test_experts_saved_as_they_are_in_memory_are_packed_as_stacks(tiny_model, tmp_path):
+    """`save_pretrained(save_original_format=False)`: a per-expert family whose file has fused tensors."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("mixtral", dtype="bfloat16"))
+    model.save_pretrained(tmp_path / "source", save_original_format=False)
+    chain = quantized(opened(tmp_path / "source"), tmp_path / "chain")
+    assert "model.layers.0.mlp.experts.gate_up_proj_packed" in chain
+    export(chain, tmp_path / "model")
+    assert torch.equal(loaded_logits(tmp_path / "model"), chain_logits(chain))

@@ -1,7 +1,8 @@
 """Round every linear weight to the nearest of 2^bits levels, one scale per group of inputs. No calibration.
 
 scale = max|w| / ((2^bits - 1) / 2) per group, q = clamp(round(w / scale)); symmetric. Routers, gates of shared
-experts, embeddings and the head stay as they are. Written as compressed-tensors `pack-quantized`.
+experts, embeddings and the head stay as they are. Written as compressed-tensors `pack-quantized`; experts that
+one tensor a layer holds (granitemoe, gpt_oss) in the stacked form of `io.formats`, which loads as `export: compact`.
 
 Source: the usual baseline; grid and layout as compressed-tensors has them.
 
@@ -24,8 +25,8 @@ from moecli.core.errors import MoecliError, Problem
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 from moecli.core.stage import Options, stage
 from moecli.families import Linear, linears_of
-from moecli.io.formats import packed_specs, put_packed, quantization_config
-from moecli.ops.pack import quantize_rtn
+from moecli.io.formats import packed_specs, put_packed, put_packed_stack, quantization_config
+from moecli.ops.pack import pack_rows, quantize_rtn
 
 QUANTIZED_ROLES = frozenset({"expert", "shared", "attention", "dense"})
 BATCH_ELEMENTS = 1 << 26
@@ -57,8 +58,8 @@ class Rtn(Options):
         specs = dict(model.specs)
         for linear in _targets(model.config, specs):
             spec = specs.pop(linear.name)
-            _check(self, linear.name, spec)
-            specs |= packed_specs(linear.name, spec, self.bits, self.group_size)
+            _check(self, linear, spec)
+            specs |= packed_specs(linear.name, spec, self.bits, self.group_size, linear.transposed)
         return replace(model, specs=specs, facts=replace(model.facts, quantized="compressed-tensors"))
 
 
@@ -67,19 +68,42 @@ def rtn(opt: Rtn, model: Checkpoint, ctx: Context) -> Checkpoint:
     specs = {name: model.spec(name) for name in model.names()}
     targets = _targets(model.config, specs)
     for linear in targets:
-        _check(opt, linear.name, specs[linear.name])
+        _check(opt, linear, specs[linear.name])
     with ctx.writer(model, config=_packed_config(opt, model, specs)) as out:
         for layer in ctx.track(sorted({linear.layer for linear in targets}), "rounding"):
 
             def write(part: PartWriter, layer: int = layer) -> None:
-                for names in _batches([t.name for t in targets if t.layer == layer], specs):
+                mine = [linear for linear in targets if linear.layer == layer]
+                matrices = [linear.name for linear in mine if len(specs[linear.name].shape) == 2]
+                for names in _batches(matrices, specs):
                     weight_BNK = torch.stack([model.get(name, ctx.device) for name in names])
                     codes_BNK, scale_BNG = quantize_rtn(weight_BNK, opt.bits, opt.group_size)
                     for name, codes, scale in zip(names, codes_BNK, scale_BNG, strict=True):
                         put_packed(part, name, codes, scale, opt.bits)
+                for linear in mine:
+                    if linear.name not in matrices:
+                        _write_stack(opt, part, model, linear, specs[linear.name], ctx.device)
 
             out.part(f"layer-{layer:03d}", write)
     return out.checkpoint
+
+
+def _write_stack(
+    opt: Rtn, part: PartWriter, model: Checkpoint, linear: Linear, spec: TensorSpec, device: torch.device
+) -> None:
+    """Pack all experts of a layer, so many at a time that BATCH_ELEMENTS are not exceeded."""
+    experts = spec.shape[0]
+    step = max(1, BATCH_ELEMENTS * experts // spec.numel)
+    packed, scales = [], []
+    for start in range(0, experts, step):
+        weight = model.rows(linear.name, start, min(start + step, experts)).to(device)
+        weight_ENK = weight.mT.contiguous() if linear.transposed else weight
+        codes_ENK, scale_ENG = quantize_rtn(weight_ENK, opt.bits, opt.group_size)
+        packed.append(pack_rows(codes_ENK, opt.bits).cpu())
+        scales.append(scale_ENG.cpu())
+    put_packed_stack(
+        part, linear.name, torch.cat(packed), torch.cat(scales), spec.shape, opt.bits, linear.transposed
+    )
 
 
 def _packed_config(opt: Rtn, model: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
@@ -105,14 +129,10 @@ def _targets(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list
     return [linear for linear in linears_of(config, specs) if linear.role in QUANTIZED_ROLES]
 
 
-def _check(opt: Rtn, name: str, spec: TensorSpec) -> None:
-    if len(spec.shape) != 2:
+def _check(opt: Rtn, linear: Linear, spec: TensorSpec) -> None:
+    width = spec.shape[-2 if linear.transposed else -1]
+    if width % opt.group_size:
         raise MoecliError(
-            f"`{name}` holds all experts of a layer in one tensor, which `pack-quantized` has no form for",
-            hint="prune or merge this family without `quantize/rtn`",
-        )
-    if spec.shape[-1] % opt.group_size:
-        raise MoecliError(
-            f"`group_size` {opt.group_size} does not divide the input width {spec.shape[-1]} of `{name}`",
-            hint="write `group_size: 32`" if spec.shape[-1] % 32 == 0 else None,
+            f"`group_size` {opt.group_size} does not divide the input width {width} of `{linear.name}`",
+            hint="write `group_size: 32`" if width % 32 == 0 else None,
         )
