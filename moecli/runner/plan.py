@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,15 @@ def make_plan(recipe: Recipe, source: ModelSketch, source_key: str) -> Plan:
     steps: list[Step] = []
     index_of: dict[int, int] = {SOURCE: SOURCE}
     keys: dict[str, int] = {}
+    wrong: set[int] = set()
     for position, (entry, stage) in enumerate(zip(recipe.stages, stages, strict=True)):
         inputs = {name: index_of[origin] for name, origin in wiring[position].items()}
         label = entry.id or entry.run
         step = _step(position, label, stage, options[position], inputs, steps, source, source_key, recipe.seed)
-        problems += _model_problems(recipe, step, steps, source)
+        found = [] if _waits(step, steps, wrong) else list(_model_problems(recipe, step, steps))
+        problems += found
+        if found:
+            wrong.add(position)
         if not problems:
             step, more = _forecast(recipe, step)
             problems += more
@@ -264,9 +268,18 @@ def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence
     )
 
 
-def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step], source: ModelSketch) -> Iterator[Diagnostic]:
-    for problem in step.options.problems(step.sketch.facts):
+def _waits(step: Step, steps: Sequence[Step], wrong: Collection[int]) -> bool:
+    """Whether the step carries out a plan that cannot be made: what it would find wrong only repeats that."""
+    origins = [steps[index] for index in step.inputs.values() if index != SOURCE]
+    return any(o.position in wrong and issubclass(o.stage.output, ExpertPlan) for o in origins)
+
+
+def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterator[Diagnostic]:
+    own = list(step.options.problems(step.sketch.facts))
+    for problem in own:
         yield Diagnostic(problem.message, _place(recipe, step.position, problem), problem.hint)
+    if any(not problem.option for problem in own):  # the stage has no place here at all
+        return
     facts = step.sketch.facts
     for name, index in step.inputs.items():
         if index == SOURCE or not issubclass(steps[index].stage.output, CalibrationStats | ExpertPlan):
@@ -276,9 +289,10 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step], source: M
         if seen.router_rows != facts.router_rows and not merged_by_plan:
             place = recipe.located.place(f"stages.{step.position}.run")
             line = f" above line {place.line}" if place else ""
+            again = "cluster/..." if issubclass(steps[index].stage.output, ExpertPlan) else "calibrate/statistics"
             yield Diagnostic(
                 f"`{name}` comes from a model with {seen.router_rows} experts, the model here has {facts.router_rows}",
-                place, f"add a `calibrate/statistics` stage{line}",
+                place, f"add a `{again}` stage{line}",
             )  # fmt: skip
 
 
@@ -308,7 +322,7 @@ def option_identity(options: Options) -> dict[str, Any]:
         if any(isinstance(mark, RunSetting) for mark in info.metadata):
             del values[name]
         elif any(isinstance(mark, SourcePath) for mark in info.metadata) and values[name] is not None:
-            path = Path(values[name])
+            path = Path(values[name]).expanduser()
             if path.exists():
                 values[name] = f"sha256:{digest_path(path)}"
     return values | options.identity(digest_path)
