@@ -59,13 +59,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if model_type in TABLE:
         return Family(config)
     if model_type is None:
-        raise SurroundingsError(
-            "config.json has no `model_type`", hint="set `model` to a transformers checkpoint"
-        )
+        raise SurroundingsError("config.json has no `model_type`", hint="set `model` to a transformers checkpoint")
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=3, cutoff=0.6)
-    hint = (
-        f"the nearest are {', '.join(f'`{n}`' for n in near)}" if near else f"known are {', '.join(FAMILIES)}"
-    )
+    hint = f"the nearest are {', '.join(f'`{n}`' for n in near)}" if near else f"known are {', '.join(FAMILIES)}"
     raise SurroundingsError(f"model type `{model_type}` is not among the supported MoE families", hint=hint)
 
 
@@ -133,9 +129,7 @@ class Family:
         return RouteRule(
             score=row.score,
             top_k=row.fixed_top_k or self._number(*row.top_k_keys),
-            renormalized=bool(values[row.renormalized])
-            if isinstance(row.renormalized, str)
-            else row.renormalized,
+            renormalized=bool(values[row.renormalized]) if isinstance(row.renormalized, str) else row.renormalized,
             floor=values[row.floor] if isinstance(row.floor, str) else row.floor,
             floor_is=row.floor_is,
             scale=values[row.scale_key] if row.scale_key else 1.0,
@@ -236,9 +230,7 @@ class Family:
         """All experts of a layer, each field with a leading E, on the CPU. Raises SurroundingsError."""
         return self._plain(ckpt, layer).read_all(ckpt, self.experts_in(layer))
 
-    def write_experts(
-        self, part: PartWriter, ckpt: Checkpoint, layer: int, experts: Sequence[ExpertWeights]
-    ) -> None:
+    def write_experts(self, part: PartWriter, ckpt: Checkpoint, layer: int, experts: Sequence[ExpertWeights]) -> None:
         """Replace all experts of a layer, in the checkpoint's dtype and form; surplus names are dropped."""
         self._plain(ckpt, layer).write(part, ckpt, self.experts_in(layer), experts)
 
@@ -261,13 +253,9 @@ class Family:
     def _unreadable(self, ckpt: Checkpoint, layer: int, name: str) -> SurroundingsError:
         packed = f"{self.experts_module(layer)}.gate_up_proj_blocks"
         if packed in ckpt:
-            return SurroundingsError(
-                f"experts are quantized as MXFP4 (`{packed}`) and cannot be read", hint=BF16_HINT
-            )
+            return SurroundingsError(f"experts are quantized as MXFP4 (`{packed}`) and cannot be read", hint=BF16_HINT)
         if self.quantized:
-            return SurroundingsError(
-                f"experts are quantized ({self.quantized}) and cannot be read", hint=BF16_HINT
-            )
+            return SurroundingsError(f"experts are quantized ({self.quantized}) and cannot be read", hint=BF16_HINT)
         return SurroundingsError(f"tensor `{name}` is missing from the checkpoint", where=f"layer {layer}")
 
     def expert_forward(self, w: ExpertWeights, x_TD: Tensor) -> Tensor:
@@ -286,9 +274,7 @@ class Family:
             return gate * torch.sigmoid(gate * alpha) * (up + 1)
         name = self.row.activation or self.values["hidden_act"]
         if name not in _ACTIVATIONS:
-            raise SurroundingsError(
-                f"activation `{name}` of config.json is not one of {', '.join(_ACTIVATIONS)}"
-            )
+            raise SurroundingsError(f"activation `{name}` of config.json is not one of {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name](gate) * up
 
     # -- router ------------------------------------------------------------------------------
@@ -311,9 +297,7 @@ class Family:
         """{on-disk name: axis of E} for weight, linear bias and correction bias."""
         return {name: tensor.axis for name, tensor in self.router_names(layer, ckpt).items()}
 
-    def router_role(
-        self, ckpt: Checkpoint, layer: int, role: Literal["weight", "bias", "correction"]
-    ) -> str | None:
+    def router_role(self, ckpt: Checkpoint, layer: int, role: Literal["weight", "bias", "correction"]) -> str | None:
         """On-disk name of one of the router's tensors; None where the family has no such tensor."""
         return next((n for n, t in self.router_names(layer, ckpt).items() if t.role == role), None)
 
@@ -391,9 +375,7 @@ class Family:
     def expected(self, names: Container[str], layer: int) -> Shapes:
         """Every tensor of an MoE block with the shape that the config asks for, in this layout."""
         facts = self.facts
-        shapes = dict(
-            self.layout(names, layer).shapes(self.experts_in(layer), facts.expert_width, facts.hidden)
-        )
+        shapes = dict(self.layout(names, layer).shapes(self.experts_in(layer), facts.expert_width, facts.hidden))
         for tensor in self._router_rows():
             disk, memory = (
                 f"{self.disk_block(layer)}.{tensor.disk}",
@@ -416,9 +398,7 @@ class Family:
         if self.quantized:
             return []
         names = set(ckpt.names())
-        return [
-            problem for layer in self.facts.moe_layers for problem in self._layer_problems(ckpt, names, layer)
-        ]
+        return [problem for layer in self.facts.moe_layers for problem in self._layer_problems(ckpt, names, layer)]
 
     def _layer_problems(self, ckpt: Checkpoint, names: set[str], layer: int) -> Iterator[SurroundingsError]:
         experts, form = self.experts_in(layer), self.layout(names, layer)

@@ -78,9 +78,7 @@ def quantization_config(
     for group in extra_groups:
         for target in group.targets:
             if target.startswith("re:") and "experts" in target:
-                raise ValueError(
-                    f"`{target}` would be read as the routed experts' scheme; write `expert[s]` in it"
-                )
+                raise ValueError(f"`{target}` would be read as the routed experts' scheme; write `expert[s]` in it")
     groups = [Group(["Linear"], bits, group_size), *extra_groups]
     return {
         "quant_method": METHOD,
@@ -148,9 +146,7 @@ def put_packed_stack(
     _put(part, weight_name, packed_ENW, scale_ENG, (*shape, int(transposed)), bits)
 
 
-def _put(
-    part: PartWriter, weight_name: str, packed: Tensor, scale: Tensor, shape: Sequence[int], bits: int
-) -> None:
+def _put(part: PartWriter, weight_name: str, packed: Tensor, scale: Tensor, shape: Sequence[int], bits: int) -> None:
     import torch
 
     names = packed_names(weight_name)
@@ -273,9 +269,7 @@ class DenseView(StoredCheckpoint):
         columns = _logical(shape, transposed)[-1]
         words = -(-columns * bits // 32)
         if packed_NW.shape[-1] != words:
-            raise SurroundingsError(
-                f"`{name}` needs {words} words a row at {bits} bits, it has {packed_NW.shape[-1]}"
-            )
+            raise SurroundingsError(f"`{name}` needs {words} words a row at {bits} bits, it has {packed_NW.shape[-1]}")
         if len(shape) == 2:
             return dequantize(unpack_rows(packed_NW, bits, columns), scale_NG)
         # Expert by expert: unpacking takes 8 bytes for each code.
@@ -304,9 +298,7 @@ def _schemes(config: Mapping[str, Any] | None) -> list[Group]:
     if config is None:
         return []
     if config.get("quant_method") != METHOD:
-        raise SurroundingsError(
-            f"weights quantized by `{config.get('quant_method')}` cannot be read as dense ones"
-        )
+        raise SurroundingsError(f"weights quantized by `{config.get('quant_method')}` cannot be read as dense ones")
     return list(_read_groups(config))
 
 

@@ -109,9 +109,7 @@ def test_config_in_full() -> None:
 
 
 def test_a_pattern_that_transformers_would_misread() -> None:
-    with pytest.raises(
-        ValueError, match=r"`re:\.\*shared_experts\.\*` would be read as the routed experts' scheme"
-    ):
+    with pytest.raises(ValueError, match=r"`re:\.\*shared_experts\.\*` would be read as the routed experts' scheme"):
         quantization_config(4, 32, extra_groups=[Group(["re:.*shared_experts.*"], 8, 32)])
     quantization_config(4, 32, extra_groups=[Group(["re:.*shared_expert[s].*"], 8, 32)])
 
@@ -130,9 +128,7 @@ def test_forecast_and_what_is_written_agree(tmp_path: Path, bits: int, group_siz
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("bits", "columns"), [(3, 96), (4, 48), (8, 6)])
-def test_a_stack_of_experts_is_each_expert_packed(
-    tmp_path: Path, bits: int, columns: int, transposed: bool
-) -> None:
+def test_a_stack_of_experts_is_each_expert_packed(tmp_path: Path, bits: int, columns: int, transposed: bool) -> None:
     """As many inputs as outputs in one case: shapes alone do not tell which way round a tensor is."""
     weight_ENK = torch.randn(3, 6, columns, generator=torch.Generator().manual_seed(bits)).to(torch.bfloat16)
     on_disk = weight_ENK.mT.contiguous() if transposed else weight_ENK
@@ -205,9 +201,7 @@ class TestDenseView:
         tensors = packed(EXPERT, torch.randn(4, 32), 4, 16)
         config = quantization_config(4, 16)
         group = config["config_groups"]["group_0"]
-        asymmetric = {
-            "config_groups": {"group_0": group | {"weights": group["weights"] | {"symmetric": False}}}
-        }
+        asymmetric = {"config_groups": {"group_0": group | {"weights": group["weights"] | {"symmetric": False}}}}
         missing = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale")}
         zero_point = tensors | {f"{EXPERT}_zero_point": torch.zeros(1, 2)}
         elsewhere = {"config_groups": {"group_0": group | {"targets": ["re:.*self_attn.*"]}}}

@@ -20,6 +20,14 @@ def test_every_linear_but_routers_and_head_is_packed(model_type, checkpoint, con
         assert is_packed(packed, linear.name) == (linear.role not in ("router", "head")), linear
 
 
+def test_routers_are_ignored_under_both_their_names(checkpoint, context):
+    model, ctx = checkpoint("phimoe"), context()
+    rtn(Rtn(bits=4, group_size=16), model, ctx)
+    ignored = ctx.finish(model).config["quantization_config"]["ignore"]
+    gates = ["model.layers.0.block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate"]
+    assert ignored == ["lm_head", *gates, "model.layers.0.mlp.router", "model.layers.1.mlp.router"]
+
+
 def test_the_dense_view_is_within_half_a_step_of_the_source(checkpoint, context):
     model, ctx = checkpoint(), context()
     rtn(Rtn(bits=8, group_size=16), model, ctx)

@@ -24,7 +24,7 @@ from moecli.core.context import Context
 from moecli.core.errors import MoecliError, Problem
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 from moecli.core.stage import Options, stage
-from moecli.families import Linear, linears_of
+from moecli.families import Linear, family_of, linears_of
 from moecli.io.formats import packed_specs, put_packed, put_packed_stack, quantization_config
 from moecli.ops.pack import pack_rows, quantize_rtn
 
@@ -63,7 +63,7 @@ class Rtn(Options):
         return replace(model, specs=specs, facts=replace(model.facts, quantized="compressed-tensors"))
 
 
-@stage("quantize/rtn", version=1)
+@stage("quantize/rtn", version=2)
 def rtn(opt: Rtn, model: Checkpoint, ctx: Context) -> Checkpoint:
     specs = {name: model.spec(name) for name in model.names()}
     targets = _targets(model.config, specs)
@@ -101,15 +101,16 @@ def _write_stack(
         codes_ENK, scale_ENG = quantize_rtn(weight_ENK, opt.bits, opt.group_size)
         packed.append(pack_rows(codes_ENK, opt.bits).cpu())
         scales.append(scale_ENG.cpu())
-    put_packed_stack(
-        part, linear.name, torch.cat(packed), torch.cat(scales), spec.shape, opt.bits, linear.transposed
-    )
+    put_packed_stack(part, linear.name, torch.cat(packed), torch.cat(scales), spec.shape, opt.bits, linear.transposed)
 
 
 def _packed_config(opt: Rtn, model: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
     left = [linear for linear in linears_of(model.config, specs) if linear.role not in QUANTIZED_ROLES]
-    # A tied head has no tensor on disk, yet a module that the plain target `Linear` would match.
-    ignored = dict.fromkeys([*(linear.name.removesuffix(".weight") for linear in left), "lm_head"])
+    family = family_of(model.config)
+    # The plain target `Linear` matches modules. A tied head has no tensor on disk, and some routers are linears
+    # of another name in memory (phimoe).
+    routers = [family.router_module(linear.layer) for linear in left if linear.layer is not None]
+    ignored = dict.fromkeys([*(linear.name.removesuffix(".weight") for linear in left), *routers, "lm_head"])
     return dict(model.config) | {
         "quantization_config": quantization_config(opt.bits, opt.group_size, ignore=list(ignored))
     }
