@@ -63,7 +63,7 @@ def alias_of(layer: int, experts: int) -> list[int]:
 def write_compact(
     source: Path, folder: Path, experts: dict[int, int], bits: int | None = None, group_size: int = 16
 ) -> Path:
-    """Keep experts 0..M-1 of each layer behind an alias map; pack every 2-D weight but router and ends."""
+    """Keep experts 0..M-1 of each layer behind an alias map; pack every weight but router and ends."""
     tensors = load_file(source / "model.safetensors")
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -94,8 +94,7 @@ def write_expanded(source: Path, folder: Path, experts: dict[int, int], bits: in
     out = {}
     for name, value in tensors.items():
         if bits and packs(name):
-            codes, scale = quantize_rtn(value, bits, 16)
-            value = dequantize(codes, scale)
+            value = rounded(name, value, bits)
         out[name] = value
     for name in list(out):
         layer = _layer(name)
@@ -105,29 +104,37 @@ def write_expanded(source: Path, folder: Path, experts: dict[int, int], bits: in
         if match := re.search(r"experts\.(\d+)\.", name):
             row = int(match[1])
             source_name = name.replace(f"experts.{row}.", f"experts.{alias[row]}.")
-            out[name] = rounded(tensors[source_name], bits) if bits else tensors[source_name]
+            out[name] = rounded(name, tensors[source_name], bits) if bits else tensors[source_name]
         else:
-            out[name] = tensors[name][alias]
+            out[name] = out[name][alias]
     write(folder, json.loads((source / "config.json").read_text()), out)
     return folder
 
 
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    return dequantize(*quantize_rtn(weight, bits, 16))
+def rounded(name: str, weight: Tensor, bits: int) -> Tensor:
+    inputs_last = weight.mT if transposed(name) else weight
+    dense = dequantize(*quantize_rtn(inputs_last, bits, 16))
+    return dense.mT if transposed(name) else dense
 
 
 def packed(name: str, weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
-    codes, scale = quantize_rtn(weight, bits, group_size)
+    codes, scale = quantize_rtn(weight.mT if transposed(name) else weight, bits, group_size)
+    shape = [*weight.shape, int(transposed(name))] if weight.dim() == 3 else list(weight.shape)
     return {
         f"{name}_packed": pack_rows(codes, bits),
         f"{name}_scale": scale,
-        f"{name}_shape": torch.tensor(weight.shape),
+        f"{name}_shape": torch.tensor(shape),
     }
 
 
 def packs(name: str) -> bool:
     ends = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "bias")
-    return name.endswith(".weight") and not any(part in name for part in ends)
+    return name.endswith(("weight", "proj")) and not any(part in name for part in ends)
+
+
+def transposed(name: str) -> bool:
+    """gpt_oss: the experts of a layer with inputs before outputs."""
+    return name.endswith("_proj")
 
 
 def is_expert(name: str) -> bool:

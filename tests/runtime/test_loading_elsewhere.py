@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
-from tests.runtime.compact import logits, make_model, write_compact
+from tests.runtime.compact import EXPERTS, logits, make_model, write_compact
 
 SLOW = pytest.mark.slow
 LOAD = """
@@ -71,10 +71,11 @@ def with_file(folder: Path) -> Path:
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("compact")
     source = make_model(root / "source")
-    experts = {0: 3, 1: 5}
+    experts, every = {0: 3, 1: 5}, {0: EXPERTS, 1: EXPERTS}
     return {
         "alias": with_file(write_compact(source, root / "alias", experts)),
         "packed": with_file(write_compact(source, root / "packed", experts, bits=4)),
+        "stacked": with_file(write_compact(make_model(root / "stacks", "gpt_oss"), root / "stacked", every, bits=4)),
     }
 
 
@@ -93,7 +94,7 @@ def test_import_moecli_is_enough_in_either_order(kind, before, after, folders, t
     assert torch.equal(load_file(tmp_path / "out")["logits"], logits(folders[kind]))
 
 
-@pytest.mark.parametrize("kind", ["alias", "packed"])
+@pytest.mark.parametrize("kind", ["alias", "packed", "stacked"])
 def test_the_file_beside_the_weights_is_enough_with_nothing_installed(kind, folders, tmp_path):
     script = LOAD.format(before="", after="", options=", trust_remote_code=True")
     done = run(script, folders[kind], tmp_path / "out", cwd=tmp_path, isolated=True)
@@ -101,7 +102,7 @@ def test_the_file_beside_the_weights_is_enough_with_nothing_installed(kind, fold
     assert torch.equal(load_file(tmp_path / "out")["logits"], logits(folders[kind]))
 
 
-@pytest.mark.parametrize("kind", ["alias", "packed"])
+@pytest.mark.parametrize("kind", ["alias", "packed", "stacked"])
 def test_with_neither_import_nor_trust_loading_stops(kind, folders, tmp_path):
     script = LOAD.format(before="", after="", options="")
     done = run(script, folders[kind], tmp_path / "out", cwd=tmp_path, isolated=True)
