@@ -39,6 +39,12 @@ SIDE_FILES = (
 """What travels with the weights: tokenizer, chat template, generation settings, licence, and the Python files
 that a `trust_remote_code` config refers to."""
 
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens*", "spiece*", "*.tiktoken", "*.model",
+    "chat_template*",
+)  # fmt: skip
+"""What decides how text becomes tokens, and so every result that text was run for."""
+
 
 class StoredCheckpoint(Checkpoint):
     """A checkpoint that lives in folders. Never packed as an artifact: a 60 GB model is not copied to be
@@ -234,7 +240,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def digest(folder: Path | str, all_bytes: bool = False) -> str:
-    """Key of a local model, 64 hex digits: config, index, and each weight file's header and size.
+    """Key of a local model, 64 hex digits: config, index, tokenizer, and each weight file's header and size.
 
     With `all_bytes` the weights themselves are hashed too, which reads the whole model. Where the folder lies
     and when it was written play no part.
@@ -245,6 +251,9 @@ def digest(folder: Path | str, all_bytes: bool = False) -> str:
     for name in ("config.json", INDEX):
         if (folder / name).is_file():
             total.update(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
+            total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for path, header in read_headers(folder).items():
         total.update(f"{path.name} {header.sha256} {header.file_bytes}\n".encode())
         if all_bytes:

@@ -132,6 +132,17 @@ class TestDigest:
         other = make_folder(tmp_path / "three", numbered(["a"]), config=CONFIG | {"num_experts": 5})
         assert len({digest(one), digest(wider), digest(other)}) == 3
 
+    def test_another_tokenizer_is_another_model(self, tmp_path: Path) -> None:
+        folder = make_folder(tmp_path / "one", numbered(["a"]))
+        found = {digest(folder)}
+        for name in ("tokenizer.json", "vocab.json", "chat_template.jinja"):
+            (folder / name).write_text("{}")
+            found.add(digest(folder))
+        (folder / "tokenizer.json").write_text("{ }")
+        assert len(found | {digest(folder)}) == 5
+        (folder / "LICENSE").write_text("none")
+        assert len(found | {digest(folder)}) == 5
+
     def test_only_all_bytes_sees_values(self, tmp_path: Path) -> None:
         one = make_folder(tmp_path / "one", {"a": torch.zeros(4)})
         two = make_folder(tmp_path / "two", {"a": torch.ones(4)})
