@@ -5,12 +5,13 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecli.ops.scoring import block_windows, ratio, rolling_windows, target_logprobs
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_rolling_windows_are_lm_evals(count, length):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
