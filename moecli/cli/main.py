@@ -173,9 +173,15 @@ def _stopped(how: str, code: ExitCode, argv: Sequence[str]) -> int:
     return int(code)
 
 
+_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
+)
+"""Error numbers that are the machine's doing wherever they come from."""
+
+
 def _known(error: Exception) -> SurroundingsError | None:
     """Failures of the machine that no room could foresee: disk, permissions, memory."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in _MACHINE:
         where = f" (`{error.filename}`)" if error.filename else ""
         return SurroundingsError(f"{(error.strerror or str(error)).lower()}{where}")
     if isinstance(error, MemoryError):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moecli.core.artifacts import Checkpoint, ExpertWeights, PartWriter
 from moecli.core.errors import MoecliError, Problem, SurroundingsError
-from moecli.core.model import ModelFacts, TensorSpec
+from moecli.core.model import DTYPE_BYTES, ModelFacts, TensorSpec
 from moecli.families.layouts import InStacks, Layout, PerExpert, Shapes
 from moecli.families.routing import RouteRule, Routing, route
 from moecli.families.table import PER_EXPERT, TABLE, RouterTensor, Row
@@ -97,10 +97,13 @@ class Family:
 
     @cached_property
     def facts(self) -> ModelFacts:
+        self._refuse_odd_values()
         row, rule = self.row, self.rule
         rows = self._number(*row.experts_keys)
         moe_layers = row.moe_layers(self.values)
         dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        if not moe_layers:
+            raise SurroundingsError("config.json gives no layer any experts", where=self.model_type)
         return ModelFacts(
             model_type=self.model_type,
             layers=self._number("num_hidden_layers"),
@@ -150,6 +153,21 @@ class Family:
         """Experts on disk in this layer (fewer than router rows after merging)."""
         aliased = self.config.get(ALIAS_KEY) or {}
         return int(aliased.get(str(layer), self._number(*self.row.experts_keys)))
+
+    def _refuse_odd_values(self) -> None:
+        """SurroundingsError for the first value of config.json that nothing could be computed from."""
+        values = self.values
+        dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
+        wrong = {} if dtype in DTYPE_BYTES else {"dtype" if "dtype" in values else "torch_dtype": "the name of a dtype"}
+        for key in ("quantization_config", ALIAS_KEY):
+            if not isinstance(values.get(key) or {}, Mapping):
+                wrong[key] = "a mapping"
+        for key in ("decoder_sparse_step", *self.row.top_k_keys):
+            if key in values and self._number(key) < 1:
+                wrong[key] = "at least 1"
+        for key, wanted in wrong.items():
+            message = f"`{key}` in config.json must be {wanted}, got `{values[key]}`"
+            raise SurroundingsError(message, where=self.model_type)
 
     def _number(self, *keys: str) -> int:
         key = self._winner(keys)

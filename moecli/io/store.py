@@ -129,6 +129,8 @@ def _make_folder(path: Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise SurroundingsError(f"`{path}` cannot be a folder: a file is in the way") from None
+        except (FileNotFoundError, ValueError):  # /proc takes no folders; a name with a null byte is none
+            raise SurroundingsError(f"`{path}` cannot be made") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise SurroundingsError(f"cannot write to `{path}`: permission denied")
 

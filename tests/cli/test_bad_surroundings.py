@@ -187,6 +187,19 @@ CASES = [
     ),
     Case("config is a folder", both(lambda: Path("toy/config.json").unlink(), folder_at("toy/config.json")), 3,
          "error: `toy/config.json` cannot be read: is a directory"),
+    *(
+        Case(f"config with a wrong {key}", config(**{key: value}), 3,
+             f"error: `{key}` in config.json must be {wanted}, got `{value}` (qwen3_moe)")
+        for key, value, wanted in [
+            ("dtype", "float64x", "the name of a dtype"),
+            ("quantization_config", 3, "a mapping"),
+            ("moecli_experts", 3, "a mapping"),
+            ("num_experts_per_tok", 0, "at least 1"),
+            ("decoder_sparse_step", 0, "at least 1"),
+        ]
+    ),
+    Case("no layer with experts", config(num_hidden_layers=0), 3,
+         "error: config.json gives no layer any experts (qwen3_moe)"),
     Case("config is a list", write("toy/config.json", "[1]"), 3, "error: `toy/config.json` holds no JSON object"),
     Case("no model folder", lambda: shutil.rmtree("toy"), 3,
          "error: there is no model folder `toy`, and it is no hub id (`organisation/name`)"),
@@ -463,3 +476,19 @@ def test_sync_tree_reaches_every_file(tmp_path: Path, full_disk: FullDisk) -> No
     full_disk.wanted = "below/file"
     with pytest.raises(OSError, match="No space left"):
         sync_tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("/proc/out", "`/proc/out` cannot be made"),
+        ("x" * 300, f"file name too long (`{'x' * 300}`)"),
+        ("/dev/null/out", "`/dev/null/out` cannot be a folder: a file is in the way"),
+    ],
+    ids=["proc", "long", "below-a-file"],
+)
+def test_a_run_folder_that_cannot_be(name: str, error: str, here: Path, capsys: Capture) -> None:
+    before = listing(here)
+    assert main.run(["run", "r.yaml", "--quiet", "--run-dir", name]) == 3
+    assert said(capsys) == f"error: {error}"
+    assert listing(here) == before
