@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moecli.core.artifacts import CalibrationStats, LayerStats
 
 Document = dict[str, Any]
-PLACE = "A run folder, the folder of a calibrate stage, or a .safetensors file of statistics."
+PLACE = "A run folder (its latest calibration), the folder of a calibrate stage, or a .safetensors file of statistics."
 
 app = typer.Typer(
     name="stats", add_completion=False, rich_markup_mode=None, help="Show, merge and compare calibration statistics.",
@@ -110,12 +110,16 @@ def _artifact_at(place: str) -> tuple[Path, str]:
 
 
 def _stage_of(run: Path) -> Path:
-    """The folder of the run's one finished calibration."""
+    """The folder of the run's one finished calibration; of several, the one that was made or used last."""
     from moecli.io.store import RunFolder
 
-    found = [s.path for s in RunFolder(run, create=False).stages() if s.complete and s.name.startswith("calibrate/")]
+    folder = RunFolder(run, create=False)
+    found = [s.path for s in folder.stages() if s.complete and s.name.startswith("calibrate/")]
+    used = [path for event in folder.events() for path in found if str(event.get("key", "")).startswith(path.name)]
     if not found:
         raise UsageError(f"`{run}` holds no finished calibration")
+    if used:
+        return used[-1]
     if len(found) > 1:
         listed = ", ".join(f"`{path}`" for path in found)
         raise UsageError(f"`{run}` holds {len(found)} finished calibrations", hint=f"name one of {listed}")

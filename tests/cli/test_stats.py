@@ -155,6 +155,9 @@ def test_two_calibrations_of_one_run(answer: Answer, folder: Path) -> None:
     problem = answer("show", "run", as_json=True, code=2)["problems"][0]
     assert problem["message"] == "`run` holds 2 finished calibrations"
     assert "`run/stages/calibrate-statistics/1111111111111111`" in problem["hint"]
+    for event, digit in (("stage_started", "1"), ("stage_cached", "0"), ("stage_started", "2")):
+        RunFolder("run").append_event({"event": event, "key": digit * 64})
+    assert answer("show", "run", as_json=True)["layers"][0]["most"] == 6, "what the run used last"
 
 
 def test_help(answer: Answer) -> None:
