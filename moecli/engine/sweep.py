@@ -121,6 +121,11 @@ class Sweep:
             loader.free(index)
         self._done = index + 1
 
+    def report(self) -> list[str]:
+        """What a reader of the run should know: the plan where there was a choice, and what came of it."""
+        chosen = self._device.type != "cpu" or self.plan.home != "memory"
+        return [*([str(self.plan)] if chosen else []), *self.notes]
+
     def logits(self) -> Iterator[Tensor]:
         """Logits [B, S, vocabulary] of each batch, on the device, after all layers have run."""
         if self._done < len(self):

@@ -95,7 +95,9 @@ def assert_close(found: tuple, wanted: tuple) -> None:
 def test_states_in_a_file_change_no_bit(tiny_model: Maker) -> None:
     source = open_folder(tiny_model("qwen3_moe"))
     (stats, logits, swept), (expected, whole, _) = run(source, plan=Plan("file", 8, False, 1 << 20)), run(source)
-    assert swept.plan.home == "file"
+    assert swept.report() == [
+        "hidden states in a memory-mapped file (2 x 0.00 GiB), at most 8 sequences at a time",
+    ]
     assert all(torch.equal(a, b) for a, b in zip(logits, whole, strict=True))
     for mine, other in zip(stats, expected, strict=True):
         assert all(torch.equal(mine[name], other[name]) for name in CATALOGUE)
@@ -123,11 +125,12 @@ class TooSmall:
 def test_out_of_memory_halves_the_micro_batch(family: str, tiny_model: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_folder(tiny_model(family))
     wanted = run(source)
+    assert wanted[2].report() == []
     small = TooSmall(sequences=1, layer=1)
     monkeypatch.setattr(SweptLayer, "_forward", lambda layer, index: small.forward(layer, index))
     found = run(source)
     assert_close(found, wanted)
-    assert found[2].notes == [
+    assert found[2].report() == [
         "layer 1 ran out of memory; from there at most 2 sequences at a time",
         "layer 1 ran out of memory; from there at most 1 sequence at a time",
     ]

@@ -222,11 +222,14 @@ def _collect(
     missing = {layer: [n for n in wanted if not ctx.has_shared_part(keys[layer][n])] for layer in layers}
     last = max((layer for layer, some in missing.items() if some), default=None)
     if last is not None:
-        for layer in sweep(model, text.batches(opt.batch_size), device=ctx.device, track=ctx.track):
+        swept = sweep(model, text.batches(opt.batch_size), device=ctx.device, track=ctx.track)
+        for layer in swept:
             if missing.get(layer.index):
                 _observe(layer, missing[layer.index], keys[layer.index], ctx)
             if layer.index == last:
                 break
+        for line in swept.report():
+            ctx.note(line)
     return {layer: _assembled(layer, keys[layer], ctx) for layer in layers}
 
 
