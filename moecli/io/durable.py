@@ -62,7 +62,7 @@ def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path, needed_bytes) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP):
             raise SurroundingsError(f"cannot write to `{path}`: {os.strerror(error.errno).lower()}") from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             kind = "folder" if error.errno == errno.EISDIR else "file"
