@@ -14,11 +14,11 @@ Nothing stays resident between layers: a sweep reads each weight once, and anoth
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ from moecli.families import adapter
 from moecli.families.slots import Slot, Slots, install
 from moecli.io.tensorfile import Entry, read_into
 
-T = TypeVar("T")
-SPAN_BYTES = 32 << 20
+SPAN_BYTES = 16 << 20
 READERS = 8
 """Threads that read; each holds two pinned buffers of one span."""
 
@@ -40,8 +39,7 @@ class _Pending:
 
     index: int
     values: dict[str, Tensor]
-    sent: Future[list[Future[None]]] | None
-    """The copies under way, once they are planned; None when there is nothing to wait for."""
+    pieces: list[Future[None]]
 
 
 class Loader:
@@ -53,9 +51,8 @@ class Loader:
         self._model, self._checkpoint, self._names, self._device = model, checkpoint, names, device
         self._slots = Slots(model, checkpoint, names)
         self._ahead = ahead and device.type == "cuda"
-        self._staging = Staging(device) if device.type == "cuda" else None
-        self._plans: dict[int, Future[list[Slot] | None]] = {}
         self._pending: _Pending | None = None
+        self._staging = Staging(device) if device.type == "cuda" else None
 
     def load(self, index: int) -> nn.Module:
         """The decoder layer with its weights; on CUDA the next one is now on its way."""
@@ -93,36 +90,25 @@ class Loader:
             pending = self._start(index)
         if pending is None:
             return None
-        for copy in pending.sent.result() if pending.sent else ():
-            copy.result()
+        for piece in pending.pieces:
+            piece.result()
         if self._staging is not None:
             self._staging.join()
         return pending.values
 
     def _start(self, index: int) -> _Pending | None:
-        """Begin to read a layer; None for a layout that is not copied. Takes memory and marks the moment on the main
-        stream, and leaves the planning to the threads.
-        """
-        slots = self._plan(index)
+        """Begin to read a layer; None for a layout that is not copied."""
+        slots = self._slots.of(index)
         if slots is None:
             return None
         values = self._slots.empty(index, self._device)
         if self._staging is None:
             for slot in slots:
                 read_slot(self._checkpoint, slot, slot.of(values[slot.target]))
-            return _Pending(index, values, None)
+            return _Pending(index, values, [])
         self._staging.follow()
-        parts = ((slot.name, slot.of(values[slot.target])) for slot in slots)
-        return _Pending(index, values, self._staging.begin(self._checkpoint, parts))
-
-    def _plan(self, index: int) -> list[Slot] | None:
-        """Places of a layer's tensors; the threads find those of the layer after it meanwhile."""
-        if self._staging is None:
-            return self._slots.of(index)
-        planned = self._plans.pop(index, None)
-        if self._ahead and index + 1 < len(self._names.layers):
-            self._plans[index + 1] = self._staging.submit(self._slots.of, index + 1)
-        return self._slots.of(index) if planned is None else planned.result()
+        parts = [(slot.name, slot.of(values[slot.target])) for slot in slots]
+        return _Pending(index, values, self._staging.send(self._checkpoint, parts))
 
 
 def read_slot(checkpoint: Checkpoint, slot: Slot, target: Tensor) -> None:
@@ -196,13 +182,6 @@ class Staging:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def submit(self, work: Callable[..., T], *args: Any) -> Future[T]:
-        return self._pool.submit(work, *args)
-
-    def begin(self, checkpoint: Checkpoint, parts: Iterable[tuple[str, Tensor]]) -> Future[list[Future[None]]]:
-        """Let a thread `send`."""
-        return self.submit(self.send, checkpoint, parts)
-
     def send(self, checkpoint: Checkpoint, parts: Iterable[tuple[str, Tensor]]) -> list[Future[None]]:
         """Begin to copy tensors to their places on the device; those that are computed, not stored, one by one."""
         pieces, jobs = [], []
@@ -211,17 +190,18 @@ class Staging:
             if entry is None:
                 jobs.append(self._pool.submit(self._computed, checkpoint, name, target))
             else:
-                pieces += _pieces(entry, target.view(-1))
+                pieces += list(_pieces(entry, target.view(-1)))
         return [self._pool.submit(self._span, span) for span in spans(pieces)] + jobs
 
     def _span(self, span: list[Piece]) -> None:
-        buffer, memory, copied = self._buffer()
+        buffer, copied = self._buffer()
         if copied is not None:
             copied.synchronize()  # its last copy is done
-        targets, size = [piece.target for piece in span], sum(piece.bytes for piece in span)
-        read_into(span[0].entry, span[0].start, memory[:size])
-        values = buffer[:size].view(_dtype(span[0].entry)).split([len(target) for target in targets])
+        raw = buffer[: sum(piece.bytes for piece in span)]
+        read_into(span[0].entry, span[0].start, memoryview(raw.numpy()))
+        targets = [piece.target for piece in span]
         with self._on_stream():
+            values = raw.view(_dtype(span[0].entry)).split([len(target) for target in targets])
             torch._foreach_copy_(targets, values, non_blocking=True)
             if copied is not None:
                 copied.record(self._stream)
@@ -233,7 +213,7 @@ class Staging:
     def _on_stream(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _buffer(self) -> tuple[Tensor, memoryview, torch.cuda.Event | None]:
+    def _buffer(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """The calling thread's two buffers in turn."""
         own = self._own
         if not hasattr(own, "buffers"):
@@ -241,19 +221,18 @@ class Staging:
         own.turn ^= 1
         return own.buffers[own.turn]
 
-    def _new_buffer(self) -> tuple[Tensor, memoryview, torch.cuda.Event | None]:
+    def _new_buffer(self) -> tuple[Tensor, torch.cuda.Event | None]:
         pinned = self._stream is not None
-        buffer = torch.empty(SPAN_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        return buffer, _bytes(buffer), torch.cuda.Event(blocking=True) if pinned else None
+        event = torch.cuda.Event(blocking=True) if pinned else None
+        return torch.empty(SPAN_BYTES, dtype=torch.uint8, pin_memory=pinned), event
 
 
-def _pieces(entry: Entry, flat: Tensor) -> list[Piece]:
+def _pieces(entry: Entry, flat: Tensor) -> Iterator[Piece]:
     """A tensor in pieces that fit a buffer."""
     item = _dtype(entry).itemsize
     step = SPAN_BYTES // item
-    if len(flat) <= step:
-        return [Piece(entry, 0, flat)]
-    return [Piece(entry, index * step * item, part) for index, part in enumerate(flat.split(step))]
+    for start, part in zip(range(0, len(flat), step), flat.split(step), strict=True):
+        yield Piece(entry, start * item, part)
 
 
 def _entry(checkpoint: Checkpoint, name: str) -> Entry | None:

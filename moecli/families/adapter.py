@@ -144,8 +144,6 @@ class TensorMap:
     """Embeddings, final norm, head."""
     targets: Mapping[str, str] = field(repr=False)
     """On-disk name -> model name (for experts stored one by one: the fused tensor they go into)."""
-    patterns: Mapping[str, str] = field(repr=False)
-    """On-disk name -> source pattern of the converter that takes it, for those that are more than renamed."""
 
 
 def tensor_map(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
@@ -154,9 +152,7 @@ def tensor_map(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
     state = model.state_dict()
     rename = _renamer(model, state)
     extra = _extra_of(checkpoint)
-    found = {name: rename(name) for name in checkpoint.names() if not extra(name)}
-    targets = {name: target for name, (target, _) in found.items()}
-    patterns = {name: pattern for name, (_, pattern) in found.items() if pattern is not None}
+    targets = {name: rename(name) for name in checkpoint.names() if not extra(name)}
     _refuse_unexpected(model, {t for t in targets.values() if t not in state})
     layers: dict[int, list[str]] = {index: [] for index in range(len(modules))}
     outside: list[str] = []
@@ -166,21 +162,21 @@ def tensor_map(model: PreTrainedModel, checkpoint: Checkpoint) -> TensorMap:
             continue
         match = in_layer.match(target)
         (layers[int(match[1])] if match else outside).append(name)
-    return TensorMap(prefix, layers, outside, targets, patterns)
+    return TensorMap(prefix, layers, outside, targets)
 
 
-def _renamer(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Callable[[str], tuple[str, str | None]]:
+def _renamer(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Callable[[str], str]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = _conversions(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
-    def rename(name: str) -> tuple[str, str | None]:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    def rename(name: str) -> str:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        return target, pattern
+            target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
+        return target
 
     return rename
 

@@ -38,11 +38,13 @@ class Slots:
     """Places of all tensors of a model, found layer by layer."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint, names: adapter.TensorMap) -> None:
-        from transformers.core_model_loading import WeightConverter
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        converters = [entry for entry in adapter._conversions(model) if isinstance(entry, WeightConverter)]
-        self._by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        self._checkpoint, self._names = checkpoint, names
+        mapping = adapter._conversions(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_pattern = {p: entry for entry in self._converters for p in entry.source_patterns}
+        self._checkpoint, self._names, self._prefix = checkpoint, names, model.base_model_prefix
         self._state = model.state_dict()
         self._dtypes = _dtypes(model, self._state)
 
@@ -70,7 +72,7 @@ class Slots:
 
     def _fill(self, target: str, sources: Sequence[str]) -> list[Slot] | None:
         """Places of the sources of one target, None when they are more than copied."""
-        patterns = {name: self._names.patterns.get(name) for name in sources}
+        patterns = {name: self._pattern(name) for name in sources}
         kinds = set(patterns.values())
         if kinds == {None}:
             plain = len(sources) == 1 and self._shape(sources[0]) == tuple(self._state[target].shape)
@@ -100,6 +102,13 @@ class Slots:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._checkpoint.spec(name).shape)
+
+    def _pattern(self, name: str) -> str | None:
+        """The source pattern of the converter that takes this tensor."""
+        from transformers.core_model_loading import rename_source_key
+
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        return pattern if target == self._names.targets[name] else None
 
 
 def _stacks_and_concatenates(converter: Any) -> bool:
