@@ -70,6 +70,7 @@ def plan_document(plan: Plan, run_dir: Path) -> Document:
         "model": plan.recipe.model,
         "run_dir": str(run_dir),
         "steps": steps,
+        "export": plan.export,
         "estimate": costs,
         "disk_free_bytes": free,
     }
@@ -104,6 +105,7 @@ def plan_text(document: Document) -> str:
     costs, free = document["estimate"], document["disk_free_bytes"]
     lines = [
         f"model    {document['model']}: {size(costs['source_bytes'])} -> {size(costs['output_bytes'])}",
+        *([f"export   {document['export']}"] if document["export"] else []),
         f"memory   {size(costs['peak_memory_bytes'])} at most",
         f"disk     {size(costs['disk_bytes'])} at most in {document['run_dir']}, {size(free)} free",
     ]

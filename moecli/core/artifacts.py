@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from moecli.core.errors import MoecliError
-from moecli.core.model import ModelFacts, TensorSpec
+from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,11 @@ class Checkpoint(Artifact):
 
     def __contains__(self, name: object) -> bool:
         return name in set(self.names())
+
+
+def sketch_of(checkpoint: Checkpoint) -> ModelSketch:
+    """Facts and tensor specs of an open checkpoint."""
+    return ModelSketch(checkpoint.facts, checkpoint.config, {n: checkpoint.spec(n) for n in checkpoint.names()})
 
 
 class CheckpointWriter(ABC):

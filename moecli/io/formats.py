@@ -183,8 +183,9 @@ class DenseView(StoredCheckpoint):
         self.parent = stored(checkpoint)
         self.facts_of = self.parent.facts_of
         config = dict(self.parent.config)
-        quantization, guard = _unwrapped(config.pop("quantization_config", None))
-        self._schemes = _schemes(quantization)
+        guard = _unwrapped(config.get("quantization_config"))[1]
+        self._schemes = schemes_of(config)
+        config.pop("quantization_config", None)
         self._shapes: dict[str, list[int]] = {}
         self.config: Mapping[str, Any] = config
         self.facts = self.facts_of(config)
@@ -254,12 +255,7 @@ class DenseView(StoredCheckpoint):
         return (tuple(found[:3]), bool(found[3])) if len(found) == 4 else (tuple(found), False)
 
     def _scheme(self, name: str) -> Group:
-        module = name.removesuffix(".weight")
-        for matches in (_matches_exactly, _matches_pattern, _matches_class):
-            for group in self._schemes:
-                if any(matches(module, target) for target in group.targets):
-                    return group
-        raise SurroundingsError(f"`{name}` is packed, but no config group of `quantization_config` covers it")
+        return scheme_of(name, self._schemes)
 
     def _dense(self, name: str, packed_NW: Tensor, scale_NG: Tensor) -> Tensor:
         from moecli.ops.pack import dequantize, unpack_rows
@@ -293,8 +289,25 @@ def _unwrapped(config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | No
     return config.get("packed"), config.get("guard")
 
 
-def _schemes(config: Mapping[str, Any] | None) -> list[Group]:
-    """The groups of a `quantization_config`; none for an unquantized model."""
+def scheme_of(name: str, schemes: Sequence[Group]) -> Group:
+    """How a packed weight is packed: the group that names it, else one whose pattern does, else its class's.
+
+    SurroundingsError when there is none.
+    """
+    module = name.removesuffix(".weight")
+    for matches in (_matches_exactly, _matches_pattern, _matches_class):
+        for group in schemes:
+            if any(matches(module, target) for target in group.targets):
+                return group
+    raise SurroundingsError(f"`{name}` is packed, but no config group of `quantization_config` covers it")
+
+
+def schemes_of(model_config: Mapping[str, Any]) -> list[Group]:
+    """The groups in a config.json, a compact export's too; none for an unquantized model.
+
+    SurroundingsError when it is quantized in a way that DenseView does not know.
+    """
+    config = _unwrapped(model_config.get("quantization_config"))[0]
     if config is None:
         return []
     if config.get("quant_method") != METHOD:

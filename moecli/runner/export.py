@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moecli.core.artifacts import Checkpoint
-from moecli.core.errors import UsageError
-from moecli.core.model import TensorSpec
-from moecli.families import ALIAS_KEY, family_of
+from moecli.core.artifacts import Checkpoint, sketch_of
+from moecli.core.errors import Problem, UsageError
+from moecli.core.model import ModelSketch, TensorSpec
+from moecli.families import ALIAS_KEY, family_of, linears_of
 from moecli.io.durable import natural_key
-from moecli.io.formats import DenseView, is_packed, packed_names, packed_weights
+from moecli.io.formats import CHANNEL, DenseView, packed_names, packed_weights, scheme_of, schemes_of
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.writer import Export, export_folder
 from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
@@ -36,7 +36,7 @@ Kind = Literal["stock", "compact", "expanded"]
 
 def choose(checkpoint: Checkpoint) -> Literal["stock", "compact"]:
     """The form that loads in most places and is exact."""
-    return "compact" if _not_stock(checkpoint) else "stock"
+    return "compact" if why_not_stock(sketch_of(checkpoint)) else "stock"
 
 
 def export(
@@ -61,46 +61,55 @@ def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
         return _Expanded(DenseView(checkpoint))
     if kind == "compact":
         return _Compact(checkpoint)
-    if reason := _not_stock(checkpoint):
-        raise UsageError(f"there is no stock form of this model: {reason[0]}", hint=reason[1])
+    if reason := why_not_stock(sketch_of(checkpoint)):
+        raise UsageError(reason.message, hint=reason.hint)
     return _View(checkpoint)
 
 
-def _not_stock(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """Why the model needs the compact form, and what to type instead."""
-    if aliased := checkpoint.config.get(ALIAS_KEY):
+def why_not_stock(model: ModelSketch) -> Problem | None:
+    """Why a model, written or only planned, needs the compact form, and what to type instead."""
+    if aliased := model.config.get(ALIAS_KEY):
         counts = sorted(set(aliased.values()))
         share = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        return (
-            f"its {checkpoint.facts.router_rows} router rows share {share} experts in each layer",
+        return _no_stock(
+            f"its {model.facts.router_rows} router rows share {share} experts in each layer",
             "put `- run: router/row-drop` below the merge, or write `export: compact`",
         )
-    packed = packed_weights(checkpoint.names())
-    if any(len(checkpoint.spec(packed_names(name).packed).shape) == 3 for name in packed):
-        return (
-            f"transformers has no packed form for the experts of `{checkpoint.facts.model_type}`, which one tensor "
-            "a layer holds",
+    packed = packed_weights(model.specs)
+    if any(len(model.specs[packed_names(name).packed].shape) == 3 for name in packed):
+        return _no_stock(
+            f"transformers has no packed form for the experts of `{model.facts.model_type}`, "
+            "all of a layer in one tensor",
             "write `export: compact`",
         )
-    if len(packings := _expert_packings(checkpoint)) > 1:
-        return (
+    if packed and len(packings := _expert_packings(model, packed)) > 1:
+        return _no_stock(
             f"transformers reads one packing for all experts, they have {' and '.join(packings)}",
             "write `export: compact`, or give all experts the same bits and group size",
         )
     return None
 
 
-def _expert_packings(checkpoint: Checkpoint) -> list[str]:
-    """How routed experts are packed, in words, each way once; `16-bit` stands for not packed."""
-    if not packed_weights(checkpoint.names()):
+def _no_stock(reason: str, hint: str) -> Problem:
+    return Problem("export", f"there is no stock form of this model: {reason}", hint=hint)
+
+
+def _expert_packings(model: ModelSketch, packed: set[str]) -> list[str]:
+    """How routed experts are packed, in words, each way once; `16 bits` stands for not packed.
+
+    Empty for a model that is only planned: forecasts are of tensors, the config's groups come with the weights.
+    """
+    schemes, found = schemes_of(model.config), set()
+    if not schemes:
         return []
-    dense, found = DenseView(checkpoint), set()
-    for linear in family_of(dense.config).linears(dense):
-        if linear.role != "expert":
-            continue
-        if is_packed(checkpoint, linear.name):
-            found.add(f"{dense.bits(linear.name)} bits in groups of {dense.group_size(linear.name)}")
-        else:
+    # Of a packed weight only name and rank count here, and the packed words have the same rank.
+    specs = dict(model.specs) | {name: model.specs[packed_names(name).packed] for name in packed}
+    for linear in linears_of(model.config, specs):
+        if linear.role == "expert" and linear.name in packed:
+            scheme = scheme_of(linear.name, schemes)
+            groups = "rows" if scheme.group_size == CHANNEL else f"groups of {scheme.group_size}"
+            found.add(f"{scheme.bits} bits in {groups}")
+        elif linear.role == "expert":
             found.add("16 bits")
     return sorted(found, key=natural_key)
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moecli.core.artifacts import Checkpoint
-from moecli.core.model import ModelSketch
+from moecli.core.artifacts import Checkpoint, sketch_of
 from moecli.families import facts_of, family_of
 from moecli.io.reader import FolderCheckpoint
 from moecli.io.sources import Source, resolve
@@ -58,8 +57,3 @@ def open_model(name: str, revision: str | None = None) -> tuple[Source, FolderCh
     family_of(source.config).check(source)
     parse_config(source.config)
     return origin, source
-
-
-def sketch_of(checkpoint: Checkpoint) -> ModelSketch:
-    """Facts and tensor specs of an open checkpoint."""
-    return ModelSketch(checkpoint.facts, checkpoint.config, {n: checkpoint.spec(n) for n in checkpoint.names()})

@@ -18,6 +18,7 @@ from moecli.core.model import ModelSketch
 from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
 from moecli.recipe.schema import Recipe, StageEntry, resolved_yaml
 from moecli.runner import lookup
+from moecli.runner.export import why_not_stock
 
 SOURCE = -1
 """Stands for the source model where a step's index is expected."""
@@ -67,6 +68,16 @@ class Plan:
     def final(self) -> int:
         """Index of the step whose checkpoint becomes `model/`, or SOURCE."""
         return max((i for i, step in enumerate(self.steps) if step.writes_weights), default=SOURCE)
+
+    @property
+    def export(self) -> str | None:
+        """The form `model/` will have; None without one, or where headers were not at hand to say."""
+        if self.final == SOURCE:
+            return None
+        if self.recipe.export != "auto":
+            return self.recipe.export
+        sketch = self.sketch_of(self.final)
+        return "compact" if why_not_stock(sketch) else "stock" if sketch.specs else None
 
     @property
     def name(self) -> str | None:
@@ -119,7 +130,11 @@ def make_plan(recipe: Recipe, source: ModelSketch, source_key: str) -> Plan:
         steps.append(step)
     if problems:
         raise RecipeError(tuple(problems), recipe.path)
-    return Plan(recipe, source_key, source, tuple(steps), tuple(options))
+    plan = Plan(recipe, source_key, source, tuple(steps), tuple(options))
+    if recipe.export == "stock" and plan.final != SOURCE and (problem := why_not_stock(plan.sketch_of(plan.final))):
+        place = recipe.located.place("export")
+        raise RecipeError((Diagnostic(problem.message, place, problem.hint),), recipe.path)
+    return plan
 
 
 def _wire(recipe: Recipe, stages: Sequence[Stage], problems: list[Diagnostic]) -> list[dict[str, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moecli.core.errors import RecipeError
 from moecli.io.reader import FolderCheckpoint
 from moecli.runner.execute import RunResult
 from moecli.runner.execute import run as run_plan
@@ -39,6 +40,7 @@ def run(model: Path, stages: dict[str, dict], folder: Path) -> tuple[RunResult, 
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     opened = open_recipe(folder / "recipe.yaml")
     result = run_plan(opened, folder / "run")
+    assert result.report.export == opened.plan.export
     written = open_model(str(result.model))[1]
     guard = (written.config.get("quantization_config") or {}).get("guard")
     specs = {name: written.spec(name) for name in written.names() if name != guard}
@@ -76,6 +78,18 @@ def test_pruned_and_packed(family, text, tiny_model, tmp_path):
     assert 0 <= after - before / 2 * bits / 16 <= layers * KEEP * 3 * 32
     assert all(0 < row.after < float("inf") and row.after != row.before for row in report.metrics)
     assert {row.task for row in report.metrics} == {"perplexity"}
+
+
+@pytest.mark.parametrize("family", sorted(STACKED))
+def test_a_stock_form_of_packed_stacks_is_refused_by_the_plan(family, tiny_model, tmp_path):
+    stages = [{"run": "quantize/rtn", "with": {"group_size": 16}}]
+    recipe = {"recipe": 1, "model": str(tiny_model(family)), "export": "stock", "stages": stages}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError) as caught:
+        open_recipe(tmp_path / "recipe.yaml")
+    (problem,) = caught.value.diagnostics
+    assert f"transformers has no packed form for the experts of `{family}`" in problem.message
+    assert problem.hint == "write `export: compact`"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
