@@ -416,7 +416,18 @@ class Family:
         if self.quantized:
             return []
         names = set(ckpt.names())
-        return [problem for layer in self.facts.moe_layers for problem in self._layer_problems(ckpt, names, layer)]
+        found = [problem for layer in self.facts.moe_layers for problem in self._layer_problems(ckpt, names, layer)]
+        return [*self._surplus_layers(names), *found]
+
+    def _surplus_layers(self, names: set[str]) -> Iterator[SurroundingsError]:
+        """Layers beyond the config's are MTP layers where family or config know such; elsewhere the two differ."""
+        declared = any(value and ("mtp" in key or "nextn" in key) for key, value in self.config.items())
+        layers = 1 + max((layer for name in names if (layer := _layer_of(name)) is not None), default=-1)
+        if layers > self.facts.layers and not self.row.mtp_keys and not declared:
+            yield SurroundingsError(
+                f"config.json says {self.facts.layers} layers, the checkpoint has {layers}",
+                hint="config.json and the weights are of different models",
+            )
 
     def _layer_problems(self, ckpt: Checkpoint, names: set[str], layer: int) -> Iterator[SurroundingsError]:
         experts, form = self.experts_in(layer), self.layout(names, layer)
