@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 QUANTIZERS = "transformers.quantizers.auto"
+LOADER = "moecli.runtime.compact_model"
 METHOD = "moecli"
 """`quant_method` in `config.json` of a compact checkpoint."""
 
@@ -63,7 +64,8 @@ class _AfterQuantizers:
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            register()
+            if LOADER not in sys.modules:  # else its import led here, and ends with registering
+                register()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -196,13 +196,28 @@ def test_a_folder_against_its_source_lists_what_changed(tiny_model, tmp_path):
     assert found.problems == ("`model.norm.weight` of the source is gone, and nothing says why",)
 
 
+def test_packed_stacks_are_packed_and_not_lost(tiny_model, tmp_path):
+    """gpt_oss: the empty guard has the name that a packed tensor had."""
+    source = opened(tiny_model("gpt_oss", dtype="bfloat16"))
+    export(quantized(source, tmp_path / "chain"), tmp_path / "model")
+    found = verify_folder(tmp_path / "model", source, free_bytes=NO_MEMORY)
+    assert found.problems == ()
+    experts = [f"model.layers.{layer}.mlp.experts" for layer in (0, 1)]
+    assert {found.accounting[f"{e}.{name}"] for e in experts for name in ("gate_up_proj", "down_proj")} == {
+        "dropped: packed"
+    }
+    assert {found.accounting[f"{e}.gate_up_proj_bias"] for e in experts} == {"kept"}
+
+
 def test_a_folder_that_contradicts_its_config_is_named(tiny_model, tmp_path):
     export(opened(tiny_model("qwen3_moe")), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["num_local_experts"] = 6
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     found = verify_folder(tmp_path / "model", free_bytes=NO_MEMORY)
-    assert found.problems[0] == ("`model.layers.0.mlp.gate.weight` has shape [8, 64], config.json asks for [6, 64]")
+    said = "`model.layers.0.mlp.experts.6.gate_proj.weight` exists: config.json says 6 experts, the checkpoint has 8"
+    assert found.problems[0] == said
+    assert "`model.layers.0.mlp.gate.weight` has shape [8, 64], config.json asks for [6, 64]" in found.problems
 
 
 def test_the_fixed_tokens_are_the_same_everywhere():

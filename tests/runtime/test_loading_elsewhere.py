@@ -119,6 +119,16 @@ def test_import_moecli_imports_neither_torch_nor_transformers(tmp_path):
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_the_loader_can_be_the_first_import(tmp_path):
+    script = """
+import moecli.runtime.compact_model
+import transformers.quantizers.auto as auto
+print("moecli" in auto.AUTO_QUANTIZER_MAPPING)
+"""
+    done = run(script, cwd=tmp_path)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_the_waiting_finder_leaves_after_its_module_came(tmp_path):
     script = """
 import sys, moecli, moecli.runtime.quantizer as q
