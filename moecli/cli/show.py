@@ -84,7 +84,7 @@ def _existing(path: Path) -> Path:
 
 def plan_text(document: Document) -> str:
     """The steps as a table, then what they need."""
-    from moecli.runner.report import bytes_text
+    from moecli.runner.report_words import bytes_text
 
     def size(value: int | None) -> str:
         return "unknown" if value is None else bytes_text(value)
@@ -145,7 +145,7 @@ def status_text(document: Document) -> str:
 
 def clean_text(document: Document) -> str:
     """What went, or would go."""
-    from moecli.runner.report import bytes_text
+    from moecli.runner.report_words import bytes_text
 
     rows = [[item["stage"], item["key"], bytes_text(item["bytes"])] for item in document["removed"]]
     said = "would free" if document["dry_run"] else "freed"
@@ -289,7 +289,7 @@ def _sizes_on_disk(model: str) -> Document | None:
 
 def inspect_text(document: Document) -> str:
     """Facts line by line, then the table of sizes."""
-    from moecli.runner.report import bytes_text, count_text
+    from moecli.runner.report_words import bytes_text, count_text
 
     facts = document["facts"]
     rows = [
@@ -362,7 +362,7 @@ def result_document(result: RunResult) -> Document:
 
 def result_text(result: RunResult) -> str:
     """Size, experts, and every metric before and after; then the path of the page."""
-    from moecli.runner.report import metric_name, size_rows, value_text
+    from moecli.runner.report_words import metric_name, size_rows, value_text
 
     report = result.report
     if report is None:

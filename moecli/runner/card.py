@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from moecli.runner.report import MetricRow, Report, fenced, metrics_markdown, plain_text, size_markdown
+from moecli.runner.report import MetricRow, Report
+from moecli.runner.report_words import fenced, metrics_markdown, plain_text, size_markdown
 
 _RELATIONS = (("quantize", "quantized"), ("merge", "merge"))
 """Kind of stage -> the hub's `base_model_relation`; a pruned model counts as a finetune there."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moecli.runner import figures as draw
-from moecli.runner import report as words
+from moecli.runner import report_words as words
 from moecli.runner.report import Figures, MetricRow, Report, SizeRecord
 
 TEMPLATES = Path(__file__).parent / "templates"

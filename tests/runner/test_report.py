@@ -10,26 +10,18 @@ import pytest
 
 from moecli.core.artifacts import Evaluation, Metric
 from moecli.core.errors import MoecliError, SurroundingsError
-from moecli.runner.report import (
-    Check,
-    Figures,
-    MetricRow,
-    SizeRecord,
-    SizeSide,
-    Verification,
+from moecli.runner.report import Check, Figures, MetricRow, SizeRecord, SizeSide, Verification, load, metric_rows, save
+from moecli.runner.report_words import (
     bytes_text,
     count_text,
     coverage,
     duration_text,
     experts_left,
     fenced,
-    load,
-    metric_rows,
     number_text,
     parts_of,
     per_layer_text,
     render_markdown,
-    save,
     stages_text,
     value_text,
     verdict,
