@@ -3,7 +3,7 @@
 python scripts/crash_study.py RECIPE [--kills 20] [--seed 0] [--set a.b=c ...]
 
 Each trial starts from an empty run folder, is killed once at a uniformly random moment of a run's duration (a run that
-ends before its moment does not count), and is then run to its end. Exit 1 when any `model/` differs from the uninterrupted one.
+ends before its moment does not count), and is then run to its end. Exit 1 when any `model/` differs from the whole one.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import yaml
 def recipe(model: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
     tasks = model / "tasks"
     calibrate = {"dataset": str(tasks / "calibration.jsonl"), "samples": 64, "tokens_per_sample": 512}
-    evaluate = {"include": str(tasks), "tasks": ["small_continuation", "small_perplexity"]}
+    evaluate = {"include": str(tasks), "tasks": ["small_continuation", "small_perplexity"], "dtype": "float32"}
     return {
         "recipe": 1,
         "model": str(model),
