@@ -40,9 +40,7 @@ class Layout(Protocol):
 
     def keep(self, part: PartWriter, ckpt: Checkpoint, experts: int, kept: Sequence[int]) -> None: ...
 
-    def write(
-        self, part: PartWriter, ckpt: Checkpoint, experts: int, new: Sequence[ExpertWeights]
-    ) -> None: ...
+    def write(self, part: PartWriter, ckpt: Checkpoint, experts: int, new: Sequence[ExpertWeights]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +55,7 @@ class PerExpert:
 
     def shapes(self, experts: int, width: int, hidden: int) -> Shapes:
         one = ((width, hidden), (width, hidden), (hidden, width))
-        return {
-            name: shape for e in range(experts) for name, shape in zip(self.names_of(e), one, strict=True)
-        }
+        return {name: shape for e in range(experts) for name, shape in zip(self.names_of(e), one, strict=True)}
 
     def read(self, ckpt: Checkpoint, expert: int) -> ExpertWeights:
         return ExpertWeights(*(ckpt.get(name) for name in self.names_of(expert)))

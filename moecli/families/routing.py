@@ -63,9 +63,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: RouteRule) -> Routing:
     weights_Tk = score_TE.gather(-1, experts_Tk)
     if rule.renormalized:
         sum_T1 = weights_Tk.sum(-1, keepdim=True)
-        weights_Tk = weights_Tk / (
-            sum_T1.clamp(min=rule.floor) if rule.floor_is == "minimum" else sum_T1 + rule.floor
-        )
+        weights_Tk = weights_Tk / (sum_T1.clamp(min=rule.floor) if rule.floor_is == "minimum" else sum_T1 + rule.floor)
     return Routing(weights_Tk * rule.scale, experts_Tk)
 
 

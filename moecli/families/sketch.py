@@ -66,9 +66,7 @@ def _unquantized(sketch: ModelSketch) -> Family:
     family = family_of(sketch.config)
     if sketch.facts.quantized:
         hint = BF16_HINT if family.quantized else "move this stage above the `quantize/...` stage"
-        raise SurroundingsError(
-            f"experts are quantized ({sketch.facts.quantized}) and cannot be read", hint=hint
-        )
+        raise SurroundingsError(f"experts are quantized ({sketch.facts.quantized}) and cannot be read", hint=hint)
     return family
 
 

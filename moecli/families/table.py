@@ -64,9 +64,7 @@ def ernie_layers(c: Values) -> tuple[int, ...]:
     end = c["moe_layer_end_index"]
     end = c["num_hidden_layers"] - 1 if end == -1 else end
     return tuple(
-        i
-        for i in every_layer(c)
-        if c["moe_layer_start_index"] <= i <= end and (i + 1) % c["moe_layer_interval"] == 0
+        i for i in every_layer(c) if c["moe_layer_start_index"] <= i <= end and (i + 1) % c["moe_layer_interval"] == 0
     )
 
 

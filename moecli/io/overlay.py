@@ -43,9 +43,7 @@ class OverlayWriter(CheckpointWriter):
 
     checkpoint: OverlayCheckpoint
 
-    def __init__(
-        self, folder: Path | str, parent: Checkpoint, config: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path | str, parent: Checkpoint, config: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self._parent = stored(parent)
         self._config = config
@@ -110,9 +108,7 @@ class _Part(PartWriter):
     def rename(self, name: str, parent_name: str) -> None:
         self._claim(name)
         if parent_name not in self._parent:
-            raise ValueError(
-                f"`{name}` cannot be renamed from `{parent_name}`: the parent has no such tensor"
-            )
+            raise ValueError(f"`{name}` cannot be renamed from `{parent_name}`: the parent has no such tensor")
         self._renames[name] = parent_name
 
     def drop(self, name: str, reason: str) -> None:

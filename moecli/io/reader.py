@@ -207,9 +207,7 @@ def tensor_entries(folder: Path, headers: Mapping[Path, Header]) -> dict[str, En
         if found is None:
             raise SurroundingsError(f"`{folder / INDEX}` names `{name}`, which is in no shard")
         if folder / file not in found:
-            raise SurroundingsError(
-                f"`{folder / INDEX}` puts `{name}` in `{file}`, it is in `{found[0].name}`"
-            )
+            raise SurroundingsError(f"`{folder / INDEX}` puts `{name}` in `{file}`, it is in `{found[0].name}`")
         places[name] = [folder / file]
     for name, found in places.items():
         if len(found) > 1:
@@ -227,11 +225,7 @@ def side_files(folder: Path) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise SurroundingsError(f"the model folder `{folder}` does not exist")
-    names = (
-        path.relative_to(folder).as_posix()
-        for path in [*folder.glob("*"), *folder.glob("*/*")]
-        if path.is_file()
-    )
+    names = (path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file())
     return {n: str(folder / n) for n in sorted(names) if any(_matches(n, pattern) for pattern in SIDE_FILES)}
 
 

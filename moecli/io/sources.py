@@ -122,9 +122,7 @@ def _fetch(model: str, revision: str | None, offline: bool | None, files: tuple[
             f"`{model}` is gated: its licence must be accepted on the hub", hint="`hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise SurroundingsError(
-            f"the hub has no model `{model}`, or it is private", hint="`hf auth login`"
-        ) from error
+        raise SurroundingsError(f"the hub has no model `{model}`, or it is private", hint="`hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise SurroundingsError(f"`{model}` has no revision `{revision}`") from error
     except errors.LocalEntryNotFoundError as error:
@@ -200,9 +198,7 @@ def digest_path(path: Path | str) -> str:
     if not path.is_dir():
         raise SurroundingsError(f"`{path}` does not exist")
     total = hashlib.sha256()
-    for file in sorted(
-        (f for f in path.rglob("*") if f.is_file()), key=lambda f: f.relative_to(path).as_posix()
-    ):
+    for file in sorted((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.relative_to(path).as_posix()):
         total.update(f"{file.relative_to(path).as_posix()}\0{_digest_file(file)}\n".encode())
     return total.hexdigest()
 

@@ -80,11 +80,7 @@ class RunFolder:
 
     def stages(self) -> Iterator[StageFolder]:
         """Stage folders that exist, complete or partial, in order of their names."""
-        found = {
-            p.with_suffix("")
-            for p in self.path.glob("stages/*/*")
-            if p.is_dir() and p.suffix in ("", PARTIAL)
-        }
+        found = {p.with_suffix("") for p in self.path.glob("stages/*/*") if p.is_dir() and p.suffix in ("", PARTIAL)}
         return (StageFolder(path) for path in sorted(found))
 
     @property
@@ -292,9 +288,7 @@ def load_artifact(folder: Path, name: str, kind: type[A]) -> A:
     if content.get("kind") != kind.__name__ or "meta" not in content:
         raise SurroundingsError(f"`{path}` holds {content.get('kind')}, expected {kind.__name__}", hint=hint)
     try:
-        return kind.unpack(
-            Packed(_load_tensors(folder / f"{name}.safetensors", content, hint), content["meta"])
-        )
+        return kind.unpack(Packed(_load_tensors(folder / f"{name}.safetensors", content, hint), content["meta"]))
     except (KeyError, ValueError, TypeError) as error:
         raise SurroundingsError(f"`{path}` is damaged: {error}", hint=hint) from error
 

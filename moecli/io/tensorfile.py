@@ -115,21 +115,15 @@ def _entry(path: Path, data_start: int, value: Mapping[str, Any]) -> Entry:
     return Entry(path, spec, data_start + start)
 
 
-def _check_layout(
-    path: Path, entries: Mapping[str, Entry], data_start: int, size: int, hint: str | None
-) -> None:
+def _check_layout(path: Path, entries: Mapping[str, Entry], data_start: int, size: int, hint: str | None) -> None:
     """Tensors must follow each other without holes and fill the file, as the format asks."""
     end = data_start
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.spec.bytes)):
         if entry.start != end:
-            raise SurroundingsError(
-                f"`{path}` has a damaged header (tensors overlap or leave holes)", hint=hint
-            )
+            raise SurroundingsError(f"`{path}` has a damaged header (tensors overlap or leave holes)", hint=hint)
         end += entry.spec.bytes
     if end > size:
-        raise SurroundingsError(
-            f"`{path}` is cut short: it needs {end} bytes, the file has {size}", hint=hint
-        )
+        raise SurroundingsError(f"`{path}` is cut short: it needs {end} bytes, the file has {size}", hint=hint)
     if end < size:
         raise SurroundingsError(f"`{path}` has {size - end} bytes after its last tensor", hint=hint)
 

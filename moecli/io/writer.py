@@ -124,9 +124,7 @@ def _whole_files(checkpoint: StoredCheckpoint) -> list[_Shard]:
         for file in source.files
         if source.names_in(file)
         and all(
-            name in checkpoint
-            and checkpoint.origin(name) == ("source", name)
-            and source.file_of(name) == file
+            name in checkpoint and checkpoint.origin(name) == ("source", name) and source.file_of(name) == file
             for name in source.names_in(file)
         )
     ]
@@ -138,9 +136,7 @@ def _needed_bytes(shards: list[_Shard], folder: Path) -> int:
     return sum(s.bytes for s in shards if s.source_file is None or s.source_file.stat().st_dev != device)
 
 
-def _write_shards(
-    checkpoint: StoredCheckpoint, shards: list[_Shard], folder: Path, progress: Progress
-) -> list[str]:
+def _write_shards(checkpoint: StoredCheckpoint, shards: list[_Shard], folder: Path, progress: Progress) -> list[str]:
     total, done = sum(shard.bytes for shard in shards), 0
 
     def advance(count: int) -> None:

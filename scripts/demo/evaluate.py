@@ -27,9 +27,7 @@ TASKS = ["demo", "demo_perplexity"]
 
 def load(folder: Path) -> torch.nn.Module:
     """The model in float32, which CPUs run several times faster than bfloat16."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if any(info.values()):
         raise ValueError(f"{folder} does not load cleanly: {info}")
     return model.eval()

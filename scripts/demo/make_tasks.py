@@ -113,10 +113,7 @@ def calibration_texts() -> list[dict]:
     """Documents of all domains in turn, so that any leading part is balanced too."""
     sources = {domain: documents(stream("calibration", domain), domain) for domain in DOMAINS}
     domains = [*DOMAINS] * (CALIBRATION_DOCUMENTS // len(DOMAINS) + 1)
-    return [
-        {"text": next(sources[domain]), "domain": domain}
-        for domain in domains[:CALIBRATION_DOCUMENTS]
-    ]
+    return [{"text": next(sources[domain]), "domain": domain} for domain in domains[:CALIBRATION_DOCUMENTS]]
 
 
 def write_all(out: Path) -> None:

@@ -27,9 +27,7 @@ def heldout_losses(model: torch.nn.Module, tokenizer: Tokenizer) -> dict[str, fl
     return losses
 
 
-def accuracies(
-    model: torch.nn.Module, tokenizer: Tokenizer, per_domain: int
-) -> dict[str, dict[str, float]]:
+def accuracies(model: torch.nn.Module, tokenizer: Tokenizer, per_domain: int) -> dict[str, dict[str, float]]:
     """Accuracy by domain and kind of question; the key `all` is the domain's mean."""
     table = {}
     for domain in DOMAINS:
@@ -61,9 +59,7 @@ def _right(model: torch.nn.Module, tokenizer: Tokenizer, asked: Sequence[Exercis
 
 
 @torch.no_grad()
-def token_scores(
-    model: torch.nn.Module, rows: Sequence[Sequence[int]], batch: int = 256
-) -> list[Tensor]:
+def token_scores(model: torch.nn.Module, rows: Sequence[Sequence[int]], batch: int = 256) -> list[Tensor]:
     """Log-probability of every token after the first, row by row."""
     device = next(model.parameters()).device
     scores = []

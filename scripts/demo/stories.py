@@ -52,9 +52,7 @@ def scene(rng: Random, hard: bool = False) -> Scene:
     stage = _Stage(cast=rng.sample(PEOPLE, 4))
     lines = [rng.choice(OPENINGS), *_introduce(rng, stage)]
     for _ in range(rng.randint(7, 11) if hard else rng.randint(2, 6)):
-        lines.append(
-            rng.choice(TIMES) + rng.choice((_give, _give, _swap, _walk, _go_home))(rng, stage)
-        )
+        lines.append(rng.choice(TIMES) + rng.choice((_give, _give, _swap, _walk, _go_home))(rng, stage))
     asks = [*_thing_questions(rng, stage), *_person_questions(rng, stage)]
     return Scene(" ".join(lines) + "\n", tuple(rng.sample(asks, 7)))
 

@@ -94,11 +94,7 @@ class Rows:
             texts = [text for pieces in batch for text, _ in pieces]
             encodings = iter(tokenizer.encode_batch(texts))
             for pieces in batch:
-                yield [
-                    token | ANSWER if answer else token
-                    for _, answer in pieces
-                    for token in next(encodings).ids
-                ]
+                yield [token | ANSWER if answer else token for _, answer in pieces for token in next(encodings).ids]
 
 
 class Optimizer:

@@ -49,9 +49,7 @@ def load(folder: Path) -> Any:
     """Stock transformers; nothing may be missing, unexpected or mismatched."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, experts_implementation="eager"
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, experts_implementation="eager")
     assert {key: value for key, value in info.items() if value} == {}
     return model.eval()
 
@@ -111,9 +109,7 @@ def at_experts(model: Any, family: Family, change: Callable[[int], Change]) -> I
         handle.remove()
 
 
-def router_logits(
-    ckpt: Checkpoint, family: Family, layer: int, hidden_TD: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def router_logits(ckpt: Checkpoint, family: Family, layer: int, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits from the tensors on disk, and the correction bias."""
     tensors = {role: family.router_role(ckpt, layer, role) for role in ("weight", "bias", "correction")}
     weight, bias, correction = (ckpt.get(name) if name else None for name in tensors.values())
@@ -124,9 +120,7 @@ def assert_same_routing(got: Any, index_Tk: Tensor, weights_Tk: Tensor) -> None:
     """Equal as sets of (expert, weight): the order of slots is free."""
     order, wanted = got.experts_Tk.sort(-1), index_Tk.sort(-1)
     assert torch.equal(order.values, wanted.values)
-    torch.testing.assert_close(
-        got.weights_Tk.gather(-1, order.indices), weights_Tk.gather(-1, wanted.indices).float()
-    )
+    torch.testing.assert_close(got.weights_Tk.gather(-1, order.indices), weights_Tk.gather(-1, wanted.indices).float())
 
 
 # -- reading -----------------------------------------------------------------------------
@@ -218,9 +212,7 @@ def _double(tensor: Tensor | None) -> Tensor | None:
 
 
 @families
-def test_dropping_nothing_gives_identical_logits(
-    model_type: str, tiny_model: TinyModel, tmp_path: Path
-) -> None:
+def test_dropping_nothing_gives_identical_logits(model_type: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     ckpt, _ = open_model(tiny_model(model_type))
     pruned = prune(tmp_path / "overlay", ckpt, range(EXPERTS))
     export_folder(pruned, tmp_path / "model")
@@ -296,9 +288,7 @@ def test_in_memory_names_on_disk_prune_alike(model_type: str, tiny_model: TinyMo
     assert accounting(fused) == []
     layer = family.facts.moe_layers[0]
     for expert in (0, EXPERTS - 1):
-        pairs = zip(
-            family.read_expert(fused, layer, expert), family.read_expert(ckpt, layer, expert), strict=True
-        )
+        pairs = zip(family.read_expert(fused, layer, expert), family.read_expert(ckpt, layer, expert), strict=True)
         assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
     for name, source in (("a", fused), ("b", ckpt)):
         export_folder(prune(tmp_path / f"overlay-{name}", source, KEPT), tmp_path / name)
@@ -339,9 +329,7 @@ def merge(folder: Path, ckpt: Checkpoint, group_E: list[int]) -> OverlayCheckpoi
         family.write_experts(part, ckpt, layer, firsts)
         part.put(family.alias_name(layer), torch.tensor(group_E))
 
-    return change(
-        folder, ckpt, alias_config(ckpt.config, dict.fromkeys(ckpt.facts.moe_layers, len(groups))), write
-    )
+    return change(folder, ckpt, alias_config(ckpt.config, dict.fromkeys(ckpt.facts.moe_layers, len(groups))), write)
 
 
 def drop_rows(folder: Path, ckpt: Checkpoint, leads: list[int]) -> OverlayCheckpoint:

@@ -35,9 +35,7 @@ def test_it_loads_cleanly_and_can_add() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        DEMO / "model", dtype=torch.float32, output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     prompt = tokenizer("sheet 7\n247 + 385 =", return_tensors="pt")

@@ -24,9 +24,7 @@ TinyModel = Callable[..., Path]
 Tensors = dict[str, Tensor]
 
 
-def altered(
-    source: Path, folder: Path, change: Callable[[Tensors], None], **config: object
-) -> FolderCheckpoint:
+def altered(source: Path, folder: Path, change: Callable[[Tensors], None], **config: object) -> FolderCheckpoint:
     """A copy of a toy checkpoint with other tensors and config fields."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -79,8 +77,7 @@ def test_more_experts_than_the_config_says(tiny_model: TinyModel, tmp_path: Path
 def test_stacked_experts_that_contradict_the_config(tiny_model: TinyModel, tmp_path: Path) -> None:
     ckpt = altered(tiny_model("granitemoe"), tmp_path / "m", unchanged, intermediate_size=48)
     assert accounting(ckpt)[0].message == (
-        "`model.layers.0.block_sparse_moe.input_linear.weight` has shape [8, 64, 64], "
-        "config.json asks for [8, 96, 64]"
+        "`model.layers.0.block_sparse_moe.input_linear.weight` has shape [8, 64, 64], config.json asks for [8, 96, 64]"
     )
 
 
@@ -142,9 +139,7 @@ def test_quantized_experts_are_refused(
     tiny_model: TinyModel,
     tmp_path: Path,
 ) -> None:
-    ckpt = altered(
-        tiny_model(model_type), tmp_path / "m", change, quantization_config={"quant_method": method}
-    )
+    ckpt = altered(tiny_model(model_type), tmp_path / "m", change, quantization_config={"quant_method": method})
     family = family_of(ckpt.config)
     assert ckpt.facts.quantized == method
     for read in (family.read_experts, lambda c, layer: family.read_expert(c, layer, 2)):
@@ -203,11 +198,7 @@ def test_every_pruned_tensor_is_accounted_for(tiny_model: TinyModel, tmp_path: P
     with OverlayWriter(tmp_path / "overlay", ckpt) as out:
         out.part("layer-0", lambda part: family.keep_experts(part, ckpt, 0, [0, 2, 5, 7]))
     of_expert = [
-        {
-            fate.verb
-            for name, fate in fates(out.checkpoint).items()
-            if f"layers.0.block_sparse_moe.experts.{e}." in name
-        }
+        {fate.verb for name, fate in fates(out.checkpoint).items() if f"layers.0.block_sparse_moe.experts.{e}." in name}
         for e in range(8)
     ]
     kept, lost = {"kept"}, [{"displaced"}, {"displaced"}, {"dropped"}, {"dropped"}]

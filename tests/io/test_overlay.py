@@ -27,9 +27,7 @@ def source(tmp_path: Path) -> FolderCheckpoint:
     return FolderCheckpoint(make_folder(tmp_path / "source", numbered(["a", "b", "c", "d"])), toy_facts)
 
 
-def overlay(
-    folder: Path, parent: StoredCheckpoint, *writes: Write, config: dict | None = None
-) -> OverlayCheckpoint:
+def overlay(folder: Path, parent: StoredCheckpoint, *writes: Write, config: dict | None = None) -> OverlayCheckpoint:
     with OverlayWriter(folder, parent, config) as out:
         for number, write in enumerate(writes):
             out.part(f"part-{number}", write)
@@ -114,9 +112,7 @@ def test_what_an_overlay_says_of_itself(tmp_path: Path, source: FolderCheckpoint
 
 
 def test_only_changes_are_on_disk(tmp_path: Path, source: FolderCheckpoint) -> None:
-    overlay(
-        tmp_path / "o", source, lambda part: part.put("a", torch.ones(2)), lambda part: part.drop("b", "x")
-    )
+    overlay(tmp_path / "o", source, lambda part: part.put("a", torch.ones(2)), lambda part: part.drop("b", "x"))
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
         "overlay.json", "part-0.json", "part-0.safetensors", "part-1.json",
     ]  # fmt: skip
@@ -251,9 +247,7 @@ def test_damage_says_which_stage_to_redo(tmp_path: Path, source: FolderCheckpoin
         assert caught.value.hint == hint
     tensors.write_bytes(whole)
     (folder / "part-0.json").write_text("{}")
-    with pytest.raises(
-        SurroundingsError, match=r"part-0\.json` is not the record of an overlay part"
-    ) as caught:
+    with pytest.raises(SurroundingsError, match=r"part-0\.json` is not the record of an overlay part") as caught:
         OverlayCheckpoint(folder, source)
     assert caught.value.hint == hint
     (folder / "overlay.json").write_text("{}")

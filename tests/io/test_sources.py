@@ -63,9 +63,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 def test_offline_without_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for call in (resolve, resolve_config):
-        with pytest.raises(
-            SurroundingsError, match=r"`org/none` is not in the hub's cache .* \(offline\)"
-        ) as caught:
+        with pytest.raises(SurroundingsError, match=r"`org/none` is not in the hub's cache .* \(offline\)") as caught:
             call("org/none", offline=True)
         assert caught.value.hint is not None
         assert caught.value.hint.startswith("`hf download org/none`")
@@ -96,9 +94,7 @@ def test_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sketch.digest, sketch.revision, list(sketch.specs)) == (source.digest, COMMIT, ["a"])
 
 
-def test_plan_of_a_hub_model_whose_weights_are_not_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_of_a_hub_model_whose_weights_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / COMMIT, numbered(["a"]))
     (folder / "model.safetensors").unlink()
     fake_hub(monkeypatch, folder)
@@ -140,9 +136,7 @@ def test_hub_refusals(monkeypatch: pytest.MonkeyPatch, error: Any, message: str,
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, errors.LocalEntryNotFoundError("no"))
-    with pytest.raises(
-        SurroundingsError, match=r"at revision `v9` is not in .* \(the hub cannot be reached\)"
-    ):
+    with pytest.raises(SurroundingsError, match=r"at revision `v9` is not in .* \(the hub cannot be reached\)"):
         resolve("org/name", revision="v9", offline=False)
 
 

@@ -21,9 +21,7 @@ KEY = "0123456789abcdef" * 4
 
 def stats(tokens: int = 5) -> CalibrationStats:
     extra = {"output_mean": torch.tensor([[0.1, float("inf")]], dtype=torch.float64)}
-    layer = LayerStats(
-        tokens, torch.tensor([2**40, 3]), torch.tensor([1 / 3, 0.5], dtype=torch.float64), extra
-    )
+    layer = LayerStats(tokens, torch.tensor([2**40, 3]), torch.tensor([1 / 3, 0.5], dtype=torch.float64), extra)
     return CalibrationStats({3: layer}, source={"samples": 8})
 
 

@@ -37,9 +37,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> tensorfile.Written:
 
 
 some_tensors = st.dictionaries(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
-        lambda n: n != "__metadata__"
-    ),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda n: n != "__metadata__"),
     st.builds(tensor_of, st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
     max_size=6,
 )

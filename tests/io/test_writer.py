@@ -155,9 +155,7 @@ def test_config_extra_files_and_progress(tmp_path: Path, changed: OverlayCheckpo
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_an_older_export_is_replaced(
-    tmp_path: Path, source: FolderCheckpoint, changed: OverlayCheckpoint
-) -> None:
+def test_an_older_export_is_replaced(tmp_path: Path, source: FolderCheckpoint, changed: OverlayCheckpoint) -> None:
     export_folder(source, tmp_path / "model")
     (tmp_path / "model" / "stale.json").write_text("{}")
     export_folder(changed, tmp_path / "model")
@@ -215,9 +213,7 @@ def test_space_is_asked_for_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=30)
     monkeypatch.setattr(durable.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(
-        SurroundingsError, match=rf"`{tmp_path}/a/model` needs 3\.7e-08 GiB, 2\.8e-08 GiB free"
-    ):
+    with pytest.raises(SurroundingsError, match=rf"`{tmp_path}/a/model` needs 3\.7e-08 GiB, 2\.8e-08 GiB free"):
         export_folder(changed, tmp_path / "a" / "model")
     assert not (tmp_path / "a").exists()
 
@@ -225,15 +221,11 @@ def test_space_is_asked_for_before_anything_is_written(
 def test_what_is_not_replaced(tmp_path: Path, source: FolderCheckpoint, changed: OverlayCheckpoint) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("x")
-    with pytest.raises(
-        SurroundingsError, match=r"home` holds something that is no model; it is not replaced"
-    ):
+    with pytest.raises(SurroundingsError, match=r"home` holds something that is no model; it is not replaced"):
         export_folder(changed, tmp_path / "home")
     with pytest.raises(SurroundingsError, match=r"thesis\.txt` is a file, the checkpoint needs a folder"):
         export_folder(changed, tmp_path / "home" / "thesis.txt")
-    with pytest.raises(
-        SurroundingsError, match=r"source` is what the checkpoint is read from; it is not replaced"
-    ):
+    with pytest.raises(SurroundingsError, match=r"source` is what the checkpoint is read from; it is not replaced"):
         export_folder(changed, source.folder)
     (tmp_path / "empty").mkdir()
     assert export_folder(changed, tmp_path / "empty").folder == tmp_path / "empty"

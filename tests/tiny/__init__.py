@@ -154,9 +154,7 @@ def make_tokenizer() -> Any:
 
     characters = [chr(byte) for byte in range(33, 127)] + ["Ġ", "Ċ", "ĉ", "č"]
     tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *characters]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
