@@ -46,15 +46,19 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> 
 
     `dtype` defaults to the config's, then float32. `quantization_config` and `auto_map` are set aside:
     tensors are expected dense, and a checkpoint that is not fails loudly when it is loaded. Alias layers
-    are already in place.
+    are already in place. SurroundingsError when the config's values make no model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     parsed = parse_config(config)
     dtype = dtype or parsed.dtype or torch.float32
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+    except (KeyError, ValueError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {_one_line(error)}"
+        raise SurroundingsError(f"transformers builds no model from config.json ({said})") from error
     _apply_aliases(model, config)
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,14 @@ def test_packed_weights_are_dequantized(tiny_model: Maker, tmp_path: Path) -> No
     expected = MemoryCheckpoint.of(source)
     expected.tensors[name] = dequantize(codes, scale)
     assert_same_model(load_model(out.checkpoint), load_model(expected))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("hidden_act", "no_such_act", "KeyError"), ("num_attention_heads", 0, "ZeroDivisionError")],
+)
+def test_config_values_that_make_no_model_are_said(key, value, said, tiny_model):
+    config = json.loads((tiny_model("qwen3_moe") / "config.json").read_text())
+    config.pop("head_dim")
+    with pytest.raises(SurroundingsError, match=f"builds no model from config.json .{said}"):
+        empty_model(config | {key: value})
