@@ -46,7 +46,8 @@ else:
 def run(script: str, *arguments: Path, cwd: Path, isolated: bool = False) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter: with this checkout on its path, or in isolated mode with no `moecli` to be had."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "TRANSFORMERS_VERBOSITY"):  # the command line quietens transformers in its process
+        environment.pop(name, None)
     if not isolated:
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     python = [sys.executable, *(["-I"] if isolated else [])]
