@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -297,12 +298,24 @@ def _export(execution: Execution) -> None:
     execution.emit({"event": "note", "stage": "export", "text": f"verifying {kind} export in a fresh process"})
     verification = verify(target, checkpoint, source=execution.source)
     if verification.problems:
-        raise StageFailed(f"model/ does not verify: {verification.problems[0]}", hint=f"moecli verify {target}")
+        failed = _set_aside(target)
+        raise StageFailed(
+            f"the export does not verify: {verification.problems[0]}",
+            hint=f"`moecli verify {failed}` lists all problems",
+        )
     seconds = round(time.monotonic() - started, 3)
     folder.finish({"identity": identity, "kind": kind, "digest": digest(target), "seconds": seconds,
                    "verification": verification.as_json(), "moecli": __version__})  # fmt: skip
     execution.exported = folder.manifest()
     execution.emit({"event": "stage_finished", "stage": "export", "seconds": seconds})
+
+
+def _set_aside(model: Path) -> Path:
+    """A model that does not verify must not be found under the name of one that does."""
+    failed = model.with_name(f"{model.name}.failed")
+    if failed.exists():
+        shutil.rmtree(failed)
+    return model.rename(failed)
 
 
 def _finish(execution: Execution) -> RunResult:
