@@ -169,20 +169,55 @@ class _PerLayer(Mapping[int, V]):
         return len(self._layers)
 
 
-class CalibrationStats(_PerLayer[LayerStats], Artifact):
-    """{layer index: LayerStats}, one entry for each MoE layer, plus how they came about (`source`)."""
+class CalibrationText(Artifact):
+    """Token samples of equal length, for stages that run text through a model themselves. N samples, S tokens."""
 
-    def __init__(self, layers: Mapping[int, LayerStats], source: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, ids: Tensor, mask: Tensor, digest: str) -> None:
+        self.ids = ids
+        """int64 [N, S]"""
+        self.mask = mask
+        """int64 [N, S], 0 on padding"""
+        self.digest = digest
+        """sha256 of ids and mask: equal digests, equal calibration"""
+
+    def pack(self) -> Packed:
+        return Packed({"text.ids": self.ids, "text.mask": self.mask}, {"digest": self.digest})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> CalibrationText:
+        tensors, meta = packed
+        if "text.ids" not in tensors:
+            raise MoecliError("these statistics were stored without their text", hint="calibrate again")
+        return CalibrationText(tensors["text.ids"], tensors["text.mask"], meta["digest"])
+
+
+class CalibrationStats(_PerLayer[LayerStats], CalibrationText):
+    """{layer index: LayerStats}, one entry for each MoE layer, plus how they came about (`source`).
+
+    They carry the text they were made from, so a stage that wants `CalibrationText` takes statistics too. Statistics
+    that were merged have no text of their own.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, LayerStats],
+        source: Mapping[str, Any] | None = None,
+        text: CalibrationText | None = None,
+    ) -> None:
         super().__init__(layers)
         self.source = dict(source or {})
         """Data set, samples, tokens, seed and dtype, for the report and the model card."""
+        self.text = text
+        if text is not None:
+            CalibrationText.__init__(self, text.ids, text.mask, text.digest)
 
     def pack(self) -> Packed:
-        tensors: dict[str, Tensor] = {}
+        tensors, meta = self.text.pack() if self.text is not None else Packed({}, {})
         for layer, stats in self.items():
             tensors |= {f"{layer}.count": stats.count_E, f"{layer}.gate_sum": stats.gate_sum_E}
             tensors |= {f"{layer}.extra.{name}": value for name, value in stats.extra.items()}
-        return Packed(tensors, {"source": self.source, "tokens": {str(i): s.tokens for i, s in self.items()}})
+        about = {"source": self.source, "tokens": {str(i): s.tokens for i, s in self.items()}}
+        return Packed(tensors, meta | about)
 
     @classmethod
     def unpack(cls, packed: Packed) -> Self:
@@ -192,7 +227,7 @@ class CalibrationStats(_PerLayer[LayerStats], Artifact):
             prefix = f"{key}.extra."
             extra = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             layers[int(key)] = LayerStats(tokens, tensors[f"{key}.count"], tensors[f"{key}.gate_sum"], extra)
-        return cls(layers, meta["source"])
+        return cls(layers, meta["source"], CalibrationText.unpack(packed) if "text.ids" in tensors else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,7 +297,7 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterat
         return
     facts = step.sketch.facts
     for name, index in step.inputs.items():
-        if index == SOURCE or not issubclass(steps[index].stage.output, CalibrationStats | ExpertPlan):
+        if index == SOURCE or not issubclass(step.stage.inputs[name].type, CalibrationStats | ExpertPlan):
             continue
         seen = steps[index].sketch.facts
         merged_by_plan = issubclass(steps[index].stage.output, ExpertPlan) and facts.router_rows == seen.router_rows

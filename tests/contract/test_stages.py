@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic_core import PydanticUndefined
 
-from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan
+from moecli.core.artifacts import CalibrationStats, CalibrationText, Checkpoint, ExpertPlan
 from moecli.core.errors import RecipeError
 from moecli.io.store import RunFolder
 from moecli.runner import lookup
@@ -23,6 +23,7 @@ from moecli.runner.open import open_recipe
 VALUES = {"keep": 4, "bits": 4, "tasks": ["tiny_choice"]}
 OVERRIDES = {
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
+    "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "quantize/rtn": {"group_size": 16},
     "eval/lm-eval": {"limit": 4},
     "eval/perplexity": {"window": 32},
@@ -72,6 +73,8 @@ def ways_to(name, material):
         before = ["calibrate/statistics", "cluster/hc-smoe"]
     elif CalibrationStats in kinds:
         before = ["calibrate/statistics"]
+    elif CalibrationText in kinds:
+        before = ["calibrate/text"]
     return [{"run": n, "with": options(n, material)} for n in [*before, name]]
 
 

@@ -5,6 +5,7 @@ import torch
 
 from moecli.core.artifacts import (
     CalibrationStats,
+    CalibrationText,
     Checkpoint,
     Evaluation,
     ExpertPlan,
@@ -85,6 +86,18 @@ def test_artifacts_survive_packing():
 
     evaluation = Evaluation((Metric("t", "acc", 0.5, None, 10, True),), {"limit": 3}, {"results.json": "{}"})
     assert round_trip(evaluation) == evaluation
+
+
+def test_statistics_carry_their_text_and_stand_in_for_it():
+    text = CalibrationText(torch.tensor([[1, 2]]), torch.tensor([[1, 0]]), "sha")
+    stats = LayerStats(1, torch.tensor([1]), torch.tensor([1.0]))
+    packed = CalibrationStats({0: stats}, {}, text).pack()
+    back = CalibrationStats.unpack(packed)
+    assert issubclass(CalibrationStats, CalibrationText)
+    for found in (back, back.text, CalibrationText.unpack(packed)):
+        assert (found.ids.tolist(), found.mask.tolist(), found.digest) == ([[1, 2]], [[1, 0]], "sha")
+    with pytest.raises(MoecliError, match="stored without their text"):
+        CalibrationText.unpack(CalibrationStats({0: stats}).pack())
 
 
 def test_a_statistic_that_was_not_collected_says_how_to_get_it():

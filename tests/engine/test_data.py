@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moecli.core.errors import SurroundingsError
-from moecli.engine.data import read_rows, tokenise
+from moecli.engine.data import batches_of, read_rows, tokenise
 from tests.engine.memory import MemoryCheckpoint, open_folder
 
 Maker = Callable[..., Path]
@@ -166,7 +166,7 @@ def test_the_seed_decides_and_the_digest_tells(model: Any, texts: str) -> None:
 
 def test_batches_are_consecutive_samples(model: Any, texts: str) -> None:
     found = tokenise(texts, model, samples=3, tokens_per_sample=8)
-    batches = found.batches(2)
+    batches = batches_of(found, 2)
     assert [len(b.input_ids) for b in batches] == [2, 1]
     assert torch.equal(torch.cat([b.input_ids for b in batches]), found.ids)
     assert torch.equal(torch.cat([b.attention_mask for b in batches]), found.mask)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moecli.engine.data import PRESETS, RULES, Tokenised, tokenise
+from moecli.core.artifacts import CalibrationText
+from moecli.engine.data import PRESETS, RULES, tokenise
 from moecli.engine.data.rules import TokenizerEncoder, pack
 from tests.engine.memory import open_folder
 from tests.tiny import make_tokenizer
@@ -194,7 +195,7 @@ def test_later_draws_go_on_where_the_first_stopped(
 ) -> None:
     model = open_folder(tiny_model("qwen3_moe"))
 
-    def draw(samples: int, number: int = 0) -> Tokenised:
+    def draw(samples: int, number: int = 0) -> CalibrationText:
         return tokenise(
             text_file, model, samples=samples, tokens_per_sample=8, packing=packing, draw=number
         )  # fmt: skip

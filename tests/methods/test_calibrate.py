@@ -9,7 +9,7 @@ import torch
 
 from moecli.core.artifacts import CalibrationStats
 from moecli.core.errors import RecipeError, StageFailed, SurroundingsError
-from moecli.engine.data import RULES, tokenise
+from moecli.engine.data import RULES, batches_of, tokenise
 from moecli.engine.stats import names_in
 from moecli.io.store import RunFolder
 from moecli.methods.calibrate import statistics as module
@@ -161,7 +161,7 @@ def test_statistics_are_those_of_a_sweep(checkpoint, text, context):
     from moecli.engine.sweep import sweep
 
     model, opt = checkpoint(), options(text)
-    batches = tokenise(str(text), model, **SIZE).batches(8)
+    batches = batches_of(tokenise(str(text), model, **SIZE), 8)
     expected = {layer.index: layer.observe(collectors(opt.statistics)) for layer in sweep(model, batches)}
     found = module.statistics(opt, model, context())
     assert found[0].tokens == 48

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecli.core.artifacts import Artifact, Checkpoint, Packed
+from moecli.core.artifacts import CalibrationText, Checkpoint
 from moecli.core.errors import SurroundingsError
 from moecli.engine.data.reading import Render, documents
 from moecli.engine.data.rules import PRESETS, RULES, Encoder, TokenizerEncoder
@@ -27,28 +27,10 @@ class Batch:
     attention_mask: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenised(Artifact):
-    """Samples of equal length. N samples, S tokens."""
-
-    ids: Tensor
-    """int64 [N, S]"""
-    mask: Tensor
-    """int64 [N, S], 0 on padding"""
-    digest: str
-    """sha256 of ids and mask: equal digests, equal calibration"""
-
-    def batches(self, batch_size: int) -> list[Batch]:
-        """Consecutive samples, `batch_size` at a time."""
-        pairs = zip(self.ids.split(batch_size), self.mask.split(batch_size), strict=True)
-        return [Batch(ids, mask) for ids, mask in pairs]
-
-    def pack(self) -> Packed:
-        return Packed({"ids": self.ids, "mask": self.mask}, {"digest": self.digest})
-
-    @classmethod
-    def unpack(cls, packed: Packed) -> Self:
-        return cls(packed.tensors["ids"], packed.tensors["mask"], packed.meta["digest"])
+def batches_of(text: CalibrationText, batch_size: int) -> list[Batch]:
+    """Consecutive samples, `batch_size` at a time."""
+    pairs = zip(text.ids.split(batch_size), text.mask.split(batch_size), strict=True)
+    return [Batch(ids, mask) for ids, mask in pairs]
 
 
 def tokenise(
@@ -61,7 +43,7 @@ def tokenise(
     packing: str = "pack",
     seed: int = 0,
     draw: int = 0,
-) -> Tokenised:
+) -> CalibrationText:
     """`samples` sequences of `tokens_per_sample` tokens of data sets, by the model's own tokenizer.
 
     `packing` names one of `RULES`. Several data sets give their `shares`, in the order they are named. The same
@@ -88,7 +70,7 @@ def tokenise(
             _refuse_short(found, count, tokens_per_sample, source.dataset if len(sources) > 1 else "the text")
         rows += found
     ids, mask = _padded(rows, tokens_per_sample, tokenizer)
-    return Tokenised(ids, mask, _digest(ids, mask))
+    return CalibrationText(ids, mask, _digest(ids, mask))
 
 
 def _drawn(

@@ -20,26 +20,22 @@ for bit. So sums and counts of a topped-up expert do not compare with its neighb
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
-from moecli.core.artifacts import CalibrationStats, Checkpoint, LayerStats
+from moecli.core.artifacts import CalibrationStats, CalibrationText, Checkpoint, LayerStats
 from moecli.core.context import Context
-from moecli.core.errors import MoecliError, Problem, StageFailed
+from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
-from moecli.core.stage import Options, RunSetting, stage
+from moecli.core.stage import RunSetting, stage
 from moecli.engine.collectors import CATALOGUE, Collector, collectors
-from moecli.engine.data import PRESETS, TextSource, Tokenised, check_there, shares, sources_of, spec_text, tokenise
-from moecli.engine.data import identity as data_identity
-from moecli.engine.data.sources import pinned
+from moecli.engine.data import batches_of, spec_text
 from moecli.engine.stats import ALWAYS, Starved, is_per_expert, starved_in, topped_up
 from moecli.engine.sweep import SweptLayer, sweep
-from moecli.io.sources import digest_path
+from moecli.methods.calibrate import TextOptions, key_of, text_of
 
 VERSION = 2
 _SHOWN = 8
@@ -59,24 +55,9 @@ class MinTokens(BaseModel):
     """`top_up` runs at most this many further draws, each of `samples` samples."""
 
 
-class Statistics(Options):
+class Statistics(TextOptions):
     """Options of `calibrate/statistics`."""
 
-    dataset: str | list[TextSource]
-    """Local files, `demo` or hub data sets `org/name[config](split)@revision:rows*weight`, with commas between them; or
-    a list of mappings with the same parts."""
-    samples: PositiveInt = 128
-    """Sequences to run."""
-    tokens_per_sample: PositiveInt = 2048
-    """Tokens in each sequence."""
-    field: str = "text"
-    """Column that holds the text. Where it is `text` and a row has none, its conversation `messages` is rendered."""
-    packing: Literal[
-        "pack", "truncate", "heapr_wiki", "heapr_c4", "camera_wiki", "gptq_wiki", "gptq_c4", "super_c4", "d2_wiki103",
-        "naee_c4",
-    ] = "pack"  # fmt: skip
-    """`pack` joins documents and cuts equal blocks; `truncate` takes one document per sample and pads; the others are
-    rules of published code, with its data set, samples and length where the recipe names none."""
     statistics: Literal["auto"] | list[str] = "auto"
     """What to collect besides counts and gate sums; `auto` is what the stages below need."""
     min_tokens_per_expert: MinTokens | None = None
@@ -84,57 +65,13 @@ class Statistics(Options):
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Sequences per forward pass."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        """A preset brings data and numbers; data sets that all say their `samples` say the sum."""
-        if not isinstance(values, dict):
-            return values
-        name, given = values.get("packing"), values.get("dataset")
-        if isinstance(name, str) and name in PRESETS:
-            own = PRESETS[name]
-            return {"dataset": own.dataset, "samples": own.samples, "tokens_per_sample": own.length, **values}
-        counts = [s.get("samples") if isinstance(s, dict) else None for s in given] if isinstance(given, list) else []
-        if counts and all(type(count) is int and count > 0 for count in counts):
-            return {"samples": sum(counts), **values}
-        return values
-
-    @property
-    def sources(self) -> tuple[TextSource, ...]:
-        """The data sets. UsageError when the text does not read as any."""
-        return sources_of(self.dataset)
-
     def resolve(self, needs: tuple[str, ...]) -> Self:
         """`auto` is what `needs` says; hub data sets get the commit their revision stands for."""
-        update: dict[str, Any] = {"statistics": list(needs)} if self.statistics == "auto" else {}
-        if not list(self._source_problems()):
-            update["dataset"] = self._pinned()
-        return self.model_copy(update=update)
-
-    def _pinned(self) -> str | list[TextSource]:
-        found = pinned(self.sources)
-        if found == self.sources:
-            return self.dataset
-        return spec_text(found) if isinstance(self.dataset, str) else list(found)
-
-    def identity(self, digest: Any) -> dict[str, Any]:
-        if list(self._source_problems()):
-            return {}
-        return {"dataset": data_identity(self.sources, digest)}
-
-    def ready(self) -> None:
-        for source in self.sources:
-            check_there(source)
+        named = super().resolve(needs)
+        return named.model_copy(update={"statistics": list(needs)}) if self.statistics == "auto" else named
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
-        yield from self._source_problems()
-        if self.tokens_per_sample > model.max_positions:
-            yield Problem(
-                "tokens_per_sample",
-                f"`tokens_per_sample` must be at most the model's {model.max_positions} positions, "
-                f"got {self.tokens_per_sample}",
-                hint=f"write `tokens_per_sample: {model.max_positions}`",
-            )
+        yield from super().problems(model)
         topping = self.min_tokens_per_expert is not None and self.min_tokens_per_expert.action == "top_up"
         for name in self.statistics if isinstance(self.statistics, list) else ():
             if name not in CATALOGUE:
@@ -145,37 +82,18 @@ class Statistics(Options):
                     hint="write `action: warn` and raise `samples`",
                 )  # fmt: skip
 
-    def _source_problems(self) -> Iterator[Problem]:
-        try:
-            sources = self.sources
-        except MoecliError as error:
-            yield Problem("dataset", error.message, hint=error.hint)
-            return
-        if not sources:
-            yield Problem("dataset", "`dataset` names no data set")
-            return
-        asked = sum(source.samples or 0 for source in sources)
-        if asked > self.samples or (asked < self.samples and all(source.samples for source in sources)):
-            yield Problem("samples", f"the data sets ask for {asked} samples, `samples` is {self.samples}",
-                          hint=f"write `samples: {asked}`")  # fmt: skip
-            return
-        for source, count in zip(sources, shares(sources, self.samples), strict=True):
-            if count == 0:
-                yield Problem("dataset", f"`{source.dataset}` gets none of {self.samples} samples",
-                              hint="raise `samples` or its weight")  # fmt: skip
-
 
 @stage("calibrate/statistics", version=VERSION)
 def statistics(opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationStats:
     opt.ready()
-    text = _tokens(opt, model, ctx, draw=0)
+    text = text_of(opt, model, ctx, draw=0)
     layers = _collect(text, opt.statistics, model.facts.moe_layers, opt, model, ctx)
-    stats = CalibrationStats(layers, _source(opt, model, text, ctx))
+    stats = CalibrationStats(layers, _source(opt, model, text, ctx), text)
     _report_coverage(stats, ctx)
     return _see_to_starved(stats, opt, model, ctx)
 
 
-def _source(opt: Statistics, model: Checkpoint, text: Tokenised, ctx: Context) -> dict[str, Any]:
+def _source(opt: Statistics, model: Checkpoint, text: CalibrationText, ctx: Context) -> dict[str, Any]:
     return {
         "dataset": spec_text(opt.sources), "samples": opt.samples, "tokens_per_sample": opt.tokens_per_sample,
         "packing": opt.packing, "seed": ctx.seed, "digest": text.digest, "model": ctx.input_keys["model"],
@@ -196,25 +114,13 @@ def _report_coverage(stats: CalibrationStats, ctx: Context) -> None:
 # -- parts: tokens and statistics that other recipes of this run folder can use
 
 
-def _tokens(opt: Statistics, model: Checkpoint, ctx: Context, draw: int) -> Tokenised:
-    """The draw's samples, tokenised once for all stages of the run that want them."""
-    tokenizer = {name: digest_path(path) for name, path in sorted(model.side_files().items())}
-    key = _key(
-        data=data_identity(opt.sources, digest_path), tokenizer=tokenizer, samples=opt.samples, field=opt.field,
-        tokens_per_sample=opt.tokens_per_sample, packing=opt.packing, seed=ctx.seed, draw=draw,
-    )  # fmt: skip
-
-    def make() -> Tokenised:
-        return tokenise(
-            opt.dataset, model, samples=opt.samples, tokens_per_sample=opt.tokens_per_sample,
-            field=opt.field, packing=opt.packing, seed=ctx.seed, draw=draw,
-        )  # fmt: skip
-
-    return ctx.shared_part(f"tokens-{key}", Tokenised, make)
-
-
 def _collect(
-    text: Tokenised, names: Sequence[str], layers: Collection[int], opt: Statistics, model: Checkpoint, ctx: Context
+    text: CalibrationText,
+    names: Sequence[str],
+    layers: Collection[int],
+    opt: Statistics,
+    model: Checkpoint,
+    ctx: Context,
 ) -> dict[int, LayerStats]:
     """Statistics of these layers: from parts where they are, and one sweep for all that are missing."""
     wanted = [ALWAYS[0], *(name for name in dict.fromkeys(names) if name not in ALWAYS)]
@@ -222,7 +128,7 @@ def _collect(
     missing = {layer: [n for n in wanted if not ctx.has_shared_part(keys[layer][n])] for layer in layers}
     last = max((layer for layer, some in missing.items() if some), default=None)
     if last is not None:
-        swept = sweep(model, text.batches(opt.batch_size), device=ctx.device, track=ctx.track)
+        swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track)
         for layer in swept:
             if missing.get(layer.index):
                 _observe(layer, missing[layer.index], keys[layer.index], ctx)
@@ -264,16 +170,12 @@ def _not_there() -> CalibrationStats:
     raise RuntimeError("a part went missing while the stage ran")
 
 
-def _part_key(text: Tokenised, model: Checkpoint, name: str, layer: int, ctx: Context) -> str:
-    key = _key(
+def _part_key(text: CalibrationText, model: Checkpoint, name: str, layer: int, ctx: Context) -> str:
+    key = key_of(
         version=VERSION, model=ctx.input_keys["model"], text=text.digest, seed=ctx.seed, dtype=model.facts.dtype,
         statistic=name, layer=layer,
     )  # fmt: skip
     return f"statistic-{name}-{layer:03d}-{key}"
-
-
-def _key(**values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # -- experts with few tokens
@@ -301,7 +203,7 @@ def _top_up(
     samples, draw = 0, 0
     while starved and draw < floor.draws:
         draw += 1
-        text = _tokens(opt, model, ctx, draw)
+        text = text_of(opt, model, ctx, draw)
         if len(text.ids) == 0:
             break
         samples += len(text.ids)
@@ -321,7 +223,7 @@ def _top_up(
         f"compare their means, not their sums{same}{left}"
     )
     source = stats.source | {"top_up": f"{_many(first)} experts, {samples} further samples"}
-    return CalibrationStats(dict(stats), source)
+    return CalibrationStats(dict(stats), source, stats.text)
 
 
 def _named(stats: CalibrationStats, starved: Starved) -> str:
