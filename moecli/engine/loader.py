@@ -43,14 +43,15 @@ class _Pending:
 
 
 class Loader:
-    """Gives the decoder layers of `model` their weights, one after the other."""
+    """Gives the decoder layers of `model` their weights, one after the other; the next one is `step` further."""
 
     def __init__(
-        self, model: Any, checkpoint: Checkpoint, names: adapter.TensorMap, device: torch.device, ahead: bool
-    ) -> None:
+        self, model: Any, checkpoint: Checkpoint, names: adapter.TensorMap, device: torch.device, ahead: bool,
+        step: int = 1,
+    ) -> None:  # fmt: skip
         self._model, self._checkpoint, self._names, self._device = model, checkpoint, names, device
         self._slots = Slots(model, checkpoint, names)
-        self._ahead = ahead and device.type == "cuda"
+        self._ahead, self._step = ahead and device.type == "cuda", step
         self._pending: _Pending | None = None
         self._staging = Staging(device) if device.type == "cuda" else None
 
@@ -62,8 +63,8 @@ class Loader:
         else:
             module = self._model.get_submodule(f"{self._names.prefix}.{index}")
             install(module, f"{self._names.prefix}.{index}.", values, self._device)
-        if self._ahead and index + 1 < len(self._names.layers):
-            self._read_ahead(index + 1)
+        if self._ahead and index + self._step in self._names.layers:
+            self._read_ahead(index + self._step)
         return module
 
     def _read_ahead(self, index: int) -> None:

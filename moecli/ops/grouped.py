@@ -70,14 +70,15 @@ def silu_gate_sum(gate_up_TEF: Tensor) -> Tensor:
 
 
 def combine(y_SD: Tensor, place_Tk: Tensor, weight_Tk: Tensor, read: bool = False) -> Combined:
-    """Weighted sum of each token's visits, in fp32, slots in order; `read` also gives squares and maxima of y.
+    """Weighted sum of each token's visits, in fp32 at least, slots in order; `read` also gives squares and maxima of y.
 
     Each product is rounded to the type of y times weight first, as the stock module rounds.
     """
     if fast := kernels("grouped", y_SD):
         return Combined(*fast.combine(y_SD, place_Tk, weight_Tk, read))
     products_TkD = y_SD[place_Tk] * weight_Tk[..., None]
-    routed_TD = products_TkD.float().sum(1).to(y_SD.dtype)
+    exact = torch.promote_types(products_TkD.dtype, torch.float32)
+    routed_TD = products_TkD.sum(1, dtype=exact).to(y_SD.dtype)
     if not read:
         return Combined(routed_TD, None, None)
     values_SD = y_SD.float()
