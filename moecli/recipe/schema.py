@@ -56,6 +56,21 @@ class StageEntry(_Part):
         return self._options
 
 
+class Expected(_Part):
+    """A number that was measured elsewhere: `moecli table` shows it beside ours and checks it."""
+
+    task: str
+    """Task, as the report names it."""
+    metric: str
+    """Metric, as the report names it."""
+    value: float
+    """What was measured there."""
+    tolerance: Annotated[float, Field(ge=0)]
+    """Largest difference that counts as the same, in the metric's own unit."""
+    source: Annotated[str, Field(min_length=1)]
+    """Where the number is from: a paper and its table, or a run."""
+
+
 class Recipe(_Part):
     """What to do with which model."""
 
@@ -73,6 +88,8 @@ class Recipe(_Part):
     """What is done, in this order."""
     export: Literal["auto", "stock", "compact", "expanded"] = "auto"
     """Form of the finished checkpoint; `auto` is `stock` wherever that is exact."""
+    expected: list[Expected] = Field(default_factory=list)
+    """Numbers this run should reproduce, for `moecli table`; they change nothing in the run."""
 
     _located: Located = PrivateAttr(default_factory=lambda: Located(""))
 
@@ -109,6 +126,11 @@ def loads(text: str, find: Find, names: Sequence[str], sets: Sequence[str] = (),
 def from_values(values: Mapping[str, Any], find: Find, names: Sequence[str]) -> Recipe:
     """A recipe made in memory, by a command that needs a stage or two. Its problems have no places."""
     return _validated(Located("", dict(values)), [], find, names, ())
+
+
+def from_located(located: Located, find: Find, names: Sequence[str]) -> Recipe:
+    """A recipe put together from parts of files, such as a point of a sweep. Raises RecipeError like `load`."""
+    return _validated(located, [], find, names, ())
 
 
 def _validated(
@@ -150,6 +172,8 @@ def _outer(located: Located, names: Sequence[str], find: Find) -> tuple[Recipe |
 
 
 def _frame_owner(parent: str) -> str:
+    if parent.startswith("expected."):
+        return "an expected value"
     return "a stage" if parent.startswith("stages.") else "a recipe"
 
 
@@ -361,7 +385,8 @@ def _moved(diagnostic: Diagnostic, number: int, shift: int, whole: Place) -> Dia
 
 def resolved_values(recipe: Recipe, options: Sequence[Options] | None = None) -> dict[str, Any]:
     """The recipe with every default written out; `options`, one per stage, replace the recipe's own."""
-    values = recipe.model_dump(mode="json", by_alias=True, exclude={"stages"})
+    without = {"stages"} if recipe.expected else {"stages", "expected"}
+    values = recipe.model_dump(mode="json", by_alias=True, exclude=without)
     chosen = options or [entry.options for entry in recipe.stages]
     stages = []
     for entry, opt in zip(recipe.stages, chosen, strict=True):
@@ -381,8 +406,8 @@ def resolved_yaml(recipe: Recipe, options: Sequence[Options] | None = None) -> s
 def json_schema(stages: Mapping[str, type[Options]]) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of recipes, for editors: a stage's name brings the options of its class."""
     frame = Recipe.model_json_schema(by_alias=True)
-    entry = frame.pop("$defs")["StageEntry"]
-    defs: dict[str, Any] = {}
+    defs: dict[str, Any] = frame.pop("$defs")
+    entry = defs.pop("StageEntry")
     rules = []
     for name, model in stages.items():
         reference, needed = _options_schema(name, model, defs)
