@@ -6,12 +6,13 @@ F expert hidden width, G quantization groups.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from moecli.core.errors import MoecliError
+from moecli.core.errors import MoecliError, SurroundingsError
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 
 if TYPE_CHECKING:
@@ -308,20 +309,76 @@ class Metric:
     higher_is_better: bool | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One metric on each document: `values`, and what they are divided by together (1 each when empty).
+
+    `mean`: sum(values) / sum(weights), such as 0 and 1 for right and wrong. `perplexity` and `bits`: values are
+    log-likelihoods in nats, weights words, bytes or tokens; exp(-that ratio), and that ratio as positive bits.
+    """
+
+    form: Literal["mean", "perplexity", "bits"]
+    values: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+
+    def total(self) -> float:
+        """The metric over all documents."""
+        ratio = math.fsum(self.values) / (math.fsum(self.weights) if self.weights else len(self.values))
+        return ratio if self.form == "mean" else math.exp(-ratio) if self.form == "perplexity" else -ratio / math.log(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Outcomes of one task document by document: what a paired comparison needs."""
+
+    task: str
+    docs: tuple[str, ...]
+    """Which document, `id:digest`."""
+    prompts: tuple[str, ...]
+    """Digest of what was asked about it and of the expected answer."""
+    columns: Mapping[str, Column]
+    """By metric; a metric that is no function of such items has none."""
+    members: tuple[str, ...] = ()
+    """For a group: the tasks it pools, in place of documents of its own."""
+
+
 @dataclass(frozen=True)
 class Evaluation(Artifact):
     """What an `eval/...` stage measured, with the settings that must agree before two runs are compared."""
 
+    FORMAT: ClassVar[int] = 2
+    """Raised when an older reader could misread a newer evaluation."""
+
     metrics: tuple[Metric, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the numbers besides the model. Under `tasks`: what holds for one task only. Under `environment`:
+    what should agree and need not."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File name -> text, stored untouched beside the report (lm-eval's own results)."""
+    items: tuple[Items, ...] = ()
+    """Documents, for paired comparison; none where a stage has no documents."""
 
     def pack(self) -> Packed:
-        metrics = [{name: getattr(metric, name) for name in Metric.__dataclass_fields__} for metric in self.metrics]
-        return Packed({}, {"metrics": metrics, "settings": dict(self.settings), "files": dict(self.files)})
+        return Packed({}, {
+            "format": self.FORMAT, "metrics": [asdict(metric) for metric in self.metrics],
+            "settings": dict(self.settings), "files": dict(self.files), "items": [asdict(item) for item in self.items],
+        })  # fmt: skip
 
     @classmethod
     def unpack(cls, packed: Packed) -> Self:
         meta = packed.meta
-        return cls(tuple(Metric(**m) for m in meta["metrics"]), meta["settings"], meta["files"])
+        if meta.get("format", 1) > cls.FORMAT:
+            raise SurroundingsError(
+                f"this evaluation has format {meta['format']}, this moecli reads up to {cls.FORMAT}",
+                hint="`pip install --upgrade moecli`",
+            )
+        metrics = tuple(Metric(**metric) for metric in meta["metrics"])
+        return cls(metrics, meta["settings"], meta["files"], tuple(map(_items, meta.get("items", ()))))
+
+
+def _items(meta: Mapping[str, Any]) -> Items:
+    columns = {
+        name: Column(column["form"], tuple(column["values"]), tuple(column["weights"]))
+        for name, column in meta["columns"].items()
+    }
+    return Items(meta["task"], tuple(meta["docs"]), tuple(meta["prompts"]), columns, tuple(meta["members"]))
