@@ -12,6 +12,7 @@ from moecli.families.family import (
     family_of,
     keep_problem,
     linears_of,
+    one_group,
 )
 from moecli.families.routing import RouteRule, Routing, route
 from moecli.families.sketch import forecast_alias, forecast_keep, forecast_row_drop
@@ -33,5 +34,6 @@ __all__ = [
     "forecast_row_drop",
     "keep_problem",
     "linears_of",
+    "one_group",
     "route",
 ]

@@ -457,6 +457,12 @@ class Family:
             raise SurroundingsError(text, where=first.where, hint=first.hint)
 
 
+def one_group(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with group-limited routing ended: every token may use every expert. Unchanged where there is none."""
+    grouped = Family(config).facts.groups > 1
+    return {**config, "n_group": 1, "topk_group": 1} if grouped else dict(config)
+
+
 def keep_problem(facts: ModelFacts, keep: int) -> Problem | None:
     """Why `keep` experts a layer cannot work for this routing, or None. The hint: the nearest legal count."""
     message = _keep_message(facts, keep)

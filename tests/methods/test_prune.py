@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from moecli.core.artifacts import CalibrationStats, LayerStats
+from moecli.core.artifacts import CalibrationStats, LayerStats, sketch_of
 from moecli.core.errors import StageFailed
 from moecli.families import family_of
+from moecli.methods.prune.ean import Ean, ean
+from moecli.methods.prune.easy_ep import EasyEp, easy_ep
 from moecli.methods.prune.frequency import Frequency, frequency
+from moecli.methods.prune.gating_score import GatingScore, gating_score
+from moecli.methods.prune.random import Random, random
 from moecli.methods.prune.reap import Reap, reap
+from moecli.methods.prune.soft_count import SoftCount, soft_count
 
 
 def stats_of(model, count, gean):
@@ -22,7 +27,7 @@ GEAN = [10.0, 0.0, 20.0, 3.0, 10.0, 1.0, 16.0, 4.0]
 
 def test_reap_ranks_by_the_mean_over_routed_tokens(checkpoint, context):
     model, ctx = checkpoint(), context()
-    reap(Reap(keep=4), stats_of(model, COUNT, GEAN), model, ctx)
+    reap(Reap(keep=4, protect="none"), stats_of(model, COUNT, GEAN), model, ctx)
     mean = {e: g / c if c else 0 for e, (g, c) in enumerate(zip(GEAN, COUNT, strict=True))}
     expected = sorted(sorted(mean, key=mean.get, reverse=True)[:4])
     assert expected == [0, 2, 3, 6]
@@ -31,14 +36,14 @@ def test_reap_ranks_by_the_mean_over_routed_tokens(checkpoint, context):
 
 def test_an_expert_no_token_reached_goes_first(checkpoint, context):
     model, ctx = checkpoint(), context()
-    reap(Reap(keep=7), stats_of(model, COUNT, GEAN), model, ctx)
+    reap(Reap(keep=7, protect="none"), stats_of(model, COUNT, GEAN), model, ctx)
     assert all(1 not in kept for kept in ctx.records["kept"].values())
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "lfm2_moe"])
 def test_kept_experts_and_rows_are_those_of_the_source(model_type, checkpoint, context):
     model, ctx = checkpoint(model_type), context()
-    frequency(Frequency(keep=4), stats_of(model, COUNT, GEAN), model, ctx)
+    frequency(Frequency(keep=4, protect="none"), stats_of(model, COUNT, GEAN), model, ctx)
     pruned = ctx.finish(model)
     before, after = family_of(model.config), family_of(pruned.config)
     kept = [0, 2, 4, 7]
@@ -54,7 +59,7 @@ def test_kept_experts_and_rows_are_those_of_the_source(model_type, checkpoint, c
 def test_groups_keep_their_own_best(checkpoint, context):
     model, ctx = checkpoint("deepseek_v3"), context()
     assert model.facts.groups == 2
-    frequency(Frequency(keep=4), stats_of(model, [9, 8, 7, 6, 1, 2, 3, 4], GEAN), model, ctx)
+    frequency(Frequency(keep=4, protect="none"), stats_of(model, [9, 8, 7, 6, 1, 2, 3, 4], GEAN), model, ctx)
     assert next(iter(ctx.records["kept"].values())) == [0, 1, 6, 7]
 
 
@@ -62,13 +67,103 @@ def test_scores_that_are_not_numbers_stop_the_stage(checkpoint, context):
     model = checkpoint()
     broken = stats_of(model, COUNT, [*GEAN[:7], float("nan")])
     with pytest.raises(StageFailed, match="score of expert 7 is NaN"):
-        reap(Reap(keep=4), broken, model, context())
+        reap(Reap(keep=4, protect="none"), broken, model, context())
 
 
 def test_merged_experts_cannot_be_pruned(checkpoint):
     from dataclasses import replace
 
     facts = replace(checkpoint().facts, experts=6)
-    (problem,) = Reap(keep=4).problems(facts)
+    (problem,) = Reap(keep=4, protect="none").problems(facts)
     assert "8 router rows share 6 merged experts" in problem.message
     assert "router/row-drop" in problem.hint
+
+
+# -- the score zoo
+
+
+def some_stats(model, seed=0):
+    """Every routed statistic with random values; expert 1 of every layer saw no token."""
+    rng, experts, layers = torch.Generator().manual_seed(seed), model.facts.experts, {}
+    for layer in model.facts.moe_layers:
+        count = torch.randint(1, 30, (experts,), generator=rng)
+        count[1] = 0
+        names = ("prob_sum", "ean_sum", "ean_sq", "gean_sum", "easy")
+        extra = {name: torch.rand(experts, generator=rng).double() * (count > 0) for name in names}
+        extra["absmax"] = torch.rand(experts, generator=rng) * (count > 0)
+        gate = torch.rand(experts, generator=rng).double() * count
+        layers[layer] = LayerStats(100, count, gate, extra)
+    return CalibrationStats(layers)
+
+
+ZOO = {
+    "frequency": (Frequency, frequency, {}, lambda s, e: s.count_E[e]),
+    "gating-score": (GatingScore, gating_score, {}, lambda s, e: s.gate_sum_E[e]),
+    "soft-count": (SoftCount, soft_count, {}, lambda s, e: s["prob_sum"][e]),
+    "ean": (Ean, ean, {"form": "sum"}, lambda s, e: s["ean_sum"][e]),
+    "man": (Ean, ean, {"form": "mean"}, lambda s, e: s["ean_sum"][e] / max(1, s.count_E[e])),
+    "msan": (Ean, ean, {"form": "mean_square"}, lambda s, e: s["ean_sq"][e] / max(1, s.count_E[e])),
+    "weighted-ean": (Ean, ean, {"form": "weighted_sum"}, lambda s, e: s["gean_sum"][e]),
+    "reap": (Reap, reap, {}, lambda s, e: s["gean_sum"][e] / max(1, s.count_E[e])),
+    "easy-ep": (EasyEp, easy_ep, {}, lambda s, e: s["easy"][e]),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_score_is_its_formula(name, checkpoint, context):
+    options, method, given, formula = ZOO[name]
+    model, ctx = checkpoint(), context()
+    stats, opt = some_stats(model), options(keep=5, protect="none", **given)
+    method(opt, stats=stats, model=model, ctx=ctx)
+    for layer, s in stats.items():
+        ranked = sorted(range(len(s.count_E)), key=lambda e: (-float(formula(s, e)), e))
+        assert ctx.records["kept"][str(layer)] == sorted(ranked[:5])
+    assert set(method.needs(opt)) <= {"prob_sum", "ean_sum", "ean_sq", "gean_sum", "easy"}
+    assert set(method.needs(options(keep=5, **given))) == {*method.needs(opt), "absmax"}
+
+
+def test_random_keeps_what_the_seed_says(checkpoint, context):
+    model = checkpoint()
+    stats, kept = some_stats(model), []
+    for at, seed in enumerate((0, 0, 1)):
+        ctx = context(f"run-{at}")
+        ctx.rng.manual_seed(seed)
+        random(Random(keep=4, protect="none"), stats, model, ctx)
+        kept.append(ctx.records["kept"])
+    assert kept[0] == kept[1] != kept[2]
+    assert len({tuple(k) for k in kept[0].values()}) > 1, "layers are drawn one by one"
+
+
+def test_super_experts_stay_whatever_they_score(checkpoint, context):
+    model, ctx = checkpoint(), context()
+    stats = some_stats(model)
+    layer = model.facts.moe_layers[0]
+    stats[layer].extra["absmax"][1] = 900.0  # expert 1 scores 0
+    reap(Reap(keep=2), stats, model, ctx)
+    assert ctx.records["protected"] == {str(layer): [1]}
+    assert 1 in ctx.records["kept"][str(layer)]
+    assert all(len(kept) == 2 for kept in ctx.records["kept"].values())
+
+
+def test_more_protected_experts_than_places_stop_the_stage(checkpoint, context, monkeypatch):
+    model = checkpoint("deepseek_v3")
+    first = model.facts.moe_layers[0]
+    assert (model.facts.groups, model.facts.top_k) == (2, 2)
+    monkeypatch.setattr("moecli.methods.prune.super_experts", lambda absmax, layers: {first: [0, 1, 2]})
+    with pytest.raises(StageFailed, match="leaves no room for all protected Super Experts of one routing group") as e:
+        frequency(Frequency(keep=4), some_stats(model), model, context())
+    assert (e.value.where, e.value.hint) == (f"layer {first}", "raise `keep`, or write `protect: none`")
+
+
+def test_flatten_ranks_all_groups_together_and_ends_the_grouping(checkpoint, context):
+    model, ctx = checkpoint("deepseek_v3"), context()
+    opt = Frequency(keep=3, protect="none", groups="flatten")
+    assert list(Frequency(keep=3, protect="none").problems(model.facts))
+    assert not list(opt.problems(model.facts))
+    frequency(opt, stats_of(model, [9, 8, 7, 6, 1, 2, 3, 4], GEAN), model, ctx)
+    pruned = ctx.finish(model)
+    assert next(iter(ctx.records["kept"].values())) == [0, 1, 2]
+    assert (pruned.facts.groups, pruned.facts.groups_used, pruned.facts.experts) == (1, 1, 3)
+    forecast = opt.forecast(sketch_of(model))
+    assert forecast.facts == pruned.facts
+    assert forecast.specs == {name: pruned.spec(name) for name in pruned.names()}

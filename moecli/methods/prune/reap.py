@@ -16,14 +16,14 @@ from __future__ import annotations
 from moecli.core.artifacts import CalibrationStats, Checkpoint
 from moecli.core.context import Context
 from moecli.core.stage import stage
-from moecli.methods.prune import Prune, drop_experts
+from moecli.methods.prune import Prune, drop_experts, reads
 
 
 class Reap(Prune):
     """Options of `prune/reap`."""
 
 
-@stage("prune/reap", version=1, needs=("gean_sum",))
+@stage("prune/reap", version=2, needs=reads("gean_sum"))
 def reap(opt: Reap, stats: CalibrationStats, model: Checkpoint, ctx: Context) -> Checkpoint:
     score = {layer: s["gean_sum"] / s.count_E.clamp(min=1) for layer, s in stats.items()}
-    return drop_experts(model, score, opt.keep, ctx)
+    return drop_experts(model, stats, score, opt, ctx)
