@@ -26,7 +26,7 @@ every family (biases, clamps, interleaving): a statistic that needs them then ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -140,6 +140,34 @@ class Sweep:
                     held = []
         finally:
             adapter.free_outside(self._model, self._names)
+
+    @property
+    def flow(self) -> Flow:
+        """The micro-batches and their hidden states; after all layers have run, those after the last one."""
+        return self._flow
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from hidden states after the last layer to logits, [N, D] -> [N, vocabulary], on the device.
+
+        Rows may be of any positions: final norm and head treat each by itself. It is for those who cannot hold the
+        logits of a whole batch.
+        """
+        if self._done < len(self):
+            raise RuntimeError(f"{self._done} of {len(self)} layers have run; logits need all")
+        adapter.load_outside(self._model, self._checkpoint, self._names, self._device)
+        try:
+            yield self._logits_of
+        finally:
+            adapter.free_outside(self._model, self._names)
+
+    @torch.no_grad()
+    def _logits_of(self, hidden_ND: Tensor) -> Tensor:
+        recorders = [Recorder(layer) for layer in adapter.decoder_layers(self._model)[1]]
+        recorders[-1].answer = hidden_ND[None]
+        ids = torch.zeros(1, len(hidden_ND), dtype=torch.int64, device=self._device)
+        with Replaced(self._model, self._names.prefix, recorders):
+            return self._model(input_ids=ids, use_cache=False).logits[0]
 
     def _halve(self, index: int) -> bool:
         """Half as many sequences at a time after the device ran out of memory; False when there is one only."""
