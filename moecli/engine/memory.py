@@ -85,10 +85,10 @@ def sizes_of(model: Any, facts: ModelFacts, batches: Sequence[Batch]) -> Sizes:
     return Sizes(layer, tokens * hidden * item, length * per_token * item, batch)
 
 
-def plan_for(sizes: Sizes, device: torch.device) -> Plan:
-    """The plan for what is free now."""
-    on_device = _free_on_device(device) if device.type == "cuda" else None
-    return choose(sizes, on_device, _free_in_memory())
+def plan_for(sizes: Sizes, device: torch.device, sweeps: int = 1) -> Plan:
+    """The plan for what is free now, for one of so many sweeps that run side by side."""
+    on_device = _free_on_device(device) // sweeps if device.type == "cuda" else None
+    return choose(sizes, on_device, _free_in_memory() // sweeps)
 
 
 def choose(sizes: Sizes, on_device: int | None, in_memory: int) -> Plan:

@@ -53,16 +53,18 @@ class Sequences:
     """Positions at the end of each sequence that some window scores"""
 
     @classmethod
-    def of(cls, windows: Sequence[Window]) -> Sequences:
-        """ValueError for a window without targets, or with more of them than inputs."""
-        found: dict[tuple[int, ...], list[int]] = {}
+    def of(cls, windows: Sequence[Window], share: bool = True) -> Sequences:
+        """`share` False gives each window a sequence of its own. ValueError for a window without targets, or with more
+        of them than inputs.
+        """
+        found: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, window in enumerate(windows):
             if not 0 < len(window.targets) <= len(window.inputs):
                 raise ValueError(f"window {index} has {len(window.inputs)} inputs and {len(window.targets)} targets")
-            found.setdefault(tuple(window.inputs), []).append(index)
-        inputs = sorted(found, key=lambda ids: (-len(ids), ids))
-        asked = [found[ids] for ids in inputs]
-        return cls(inputs, asked, [max(len(windows[i].targets) for i in some) for some in asked])
+            found.setdefault((tuple(window.inputs), 0 if share else index), []).append(index)
+        order = sorted(found, key=lambda key: (-len(key[0]), key))
+        asked = [found[key] for key in order]
+        return cls([ids for ids, _ in order], asked, [max(len(windows[i].targets) for i in some) for some in asked])
 
     def batches(self, batch_size: int) -> list[Batch]:
         """Consecutive sequences, padded on the right with token 0. The mask is 1 everywhere: positions after the end
@@ -76,6 +78,11 @@ class Sequences:
                 ids[row, : len(sequence)] = torch.tensor(sequence)
             made.append(Batch(ids, torch.ones_like(ids)))
         return made
+
+    def rows(self, start: int, stop: int, width: int) -> Tensor:
+        """Rows of [B*width] that are scored, of the sequences start..stop, in order."""
+        spans = [(len(self.inputs[i]), self.scored[i], (i - start) * width) for i in range(start, stop)]
+        return torch.cat([torch.arange(end - count, end) + offset for end, count, offset in spans])
 
 
 @torch.no_grad()
@@ -146,7 +153,8 @@ class _Answers:
 
     def add(self, start: int, stop: int, hidden_BSD: Tensor, logprobs: Callable[[Tensor], Tensor]) -> None:
         """Score what sequences start..stop are asked for; `logprobs` is [N, D] -> [N, vocabulary]."""
-        row_R, pair_P, target_P = self._asked(start, stop, hidden_BSD.shape[1])
+        row_R = self._sequences.rows(start, stop, hidden_BSD.shape[1])
+        pair_P, target_P = self._asked(start, stop)
         sorted_P, order_P = torch.sort(pair_P, stable=True)
         target_P = target_P[order_P].to(hidden_BSD.device, non_blocking=True)
         flat = hidden_BSD.flatten(0, 1)
@@ -159,19 +167,18 @@ class _Answers:
         self._pairs.append(order_P + self._seen)
         self._seen += len(order_P)
 
-    def _asked(self, start: int, stop: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of [B*S] to score, and for each target its place among them."""
-        rows, pairs, targets, base = [], [], [], 0
-        for n, sequence in enumerate(range(start, stop)):
-            length, count = len(self._sequences.inputs[sequence]), self._sequences.scored[sequence]
-            rows.append(torch.arange(length - count, length) + n * width)
+    def _asked(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """For each target its place among the scored rows, and itself."""
+        places, targets, base = [], [], 0
+        for sequence in range(start, stop):
+            count = self._sequences.scored[sequence]
             for index in self._sequences.windows[sequence]:
                 wanted = self._windows[index].targets
                 self._order.append(index)
-                pairs.append(torch.arange(base + count - len(wanted), base + count))
+                places.append(torch.arange(base + count - len(wanted), base + count))
                 targets.append(torch.tensor(wanted))
             base += count
-        return torch.cat(rows), torch.cat(pairs), torch.cat(targets)
+        return torch.cat(places), torch.cat(targets)
 
     def found(self) -> list[Scores]:
         place = torch.cat(self._pairs)

@@ -59,14 +59,16 @@ def sweep(
     dtype: torch.dtype | None = None,
     track: Track | None = None,
     plan: Plan | None = None,
+    sweeps: int = 1,
 ) -> Sweep:
     """Iterate over the decoder layers of `checkpoint` while `batches` flow through them.
 
     `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. `plan` overrules the one made from free
-    memory. SurroundingsError when the checkpoint does not fit its own config.
+    memory, of which each of `sweeps` that run side by side may use its share. SurroundingsError when the checkpoint
+    does not fit its own config.
     """
     show = track or (lambda items, label: items)
-    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan)
+    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, sweeps)
 
 
 class Sweep:
@@ -83,12 +85,13 @@ class Sweep:
         dtype: torch.dtype | None,
         track: Track,
         plan: Plan | None,
+        sweeps: int = 1,
     ) -> None:
         checkpoint = adapter.dense(checkpoint)
         self._checkpoint, self._device, self._track = checkpoint, device, track
         self._model = _quiet_routers(adapter.empty_model(checkpoint.config, dtype))
         self._names = adapter.tensor_map(self._model, checkpoint)
-        self.plan = plan or plan_for(sizes_of(self._model, checkpoint.facts, batches), device)
+        self.plan = plan or plan_for(sizes_of(self._model, checkpoint.facts, batches), device, sweeps)
         self.notes: list[str] = []
         self._flow = Flow(batches, device, self.plan)
         self._started, self._done = False, 0
@@ -282,6 +285,10 @@ class SweptLayer:
             self._outputs = self._within_memory(self._run)
         return self._outputs
 
+    def settle(self, outputs: list[Tensor]) -> None:
+        """What the layer makes of each micro-batch, on the shelf, made elsewhere with the weights as they are now."""
+        self._outputs = outputs
+
     def _within_memory(self, work: Callable[[], T]) -> T:
         """Do the work; when the device's memory does not suffice, with half as many sequences at a time."""
         while True:
@@ -302,9 +309,10 @@ class SweptLayer:
             return [self._flow.shelf.put(i, self._forward(i)) for i in range(len(self._flow.hidden))]
 
     @torch.no_grad()
-    def _forward(self, index: int) -> Tensor:
+    def _forward(self, index: int, hidden: Tensor | None = None) -> Tensor:
+        """What the layer makes of a micro-batch: of its own input, or of `hidden` in its place."""
         args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)
-        out = self.module(self._flow.here(index), *args, **kwargs)
+        out = self.module(self._flow.here(index) if hidden is None else hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
