@@ -278,11 +278,15 @@ class Family:
 
     def expert_forward(self, w: ExpertWeights, x_TD: Tensor) -> Tensor:
         """What the expert makes of tokens, unweighted: [T, D] -> [T, D]. Accepts a leading E."""
+        return _affine(self.inner(w, x_TD), w.down_DF, w.down_bias_D)
+
+    def inner(self, w: ExpertWeights, x_TD: Tensor) -> Tensor:
+        """The gated activation before `down`: [T, D] -> [T, F]. Accepts a leading E."""
         gate, up = (
             _affine(x_TD, w.gate_FD, w.gate_bias_F),
             _affine(x_TD, w.up_FD, w.up_bias_F),
         )
-        return _affine(self.gate_and_up(gate, up), w.down_DF, w.down_bias_D)
+        return self.gate_and_up(gate, up)
 
     def gate_and_up(self, gate: Tensor, up: Tensor) -> Tensor:
         """The gated activation [..., F] from the two projections."""
@@ -328,6 +332,18 @@ class Family:
     def route(self, logits_TE: Tensor, bias_E: Tensor | None = None) -> Routing:
         """Weights [T, k] and experts [T, k] as the model computes them. `bias_E`: the correction bias."""
         return route(logits_TE, bias_E, self.rule)
+
+    def router_logits(self, ckpt: Checkpoint, layer: int, x_TD: Tensor) -> Tensor:
+        """Logits of every router row for inputs of the experts, float32 [T, rows], on x's device."""
+        weight, bias = (self.router_role(ckpt, layer, role) for role in ("weight", "bias"))
+        weight_ED = ckpt.get(weight).to(x_TD.device).float()  # type: ignore[arg-type]
+        return _affine(x_TD.float(), weight_ED, None if bias is None else ckpt.get(bias).to(x_TD.device).float())
+
+    def route_tokens(self, ckpt: Checkpoint, layer: int, x_TD: Tensor) -> Routing:
+        """Where inputs of the experts go, as `route` says; experts are router rows."""
+        correction = self.router_role(ckpt, layer, "correction")
+        bias_E = None if correction is None else ckpt.get(correction).to(x_TD.device)
+        return self.route(self.router_logits(ckpt, layer, x_TD), bias_E)
 
     # -- the rest of the checkpoint ----------------------------------------------------------
 

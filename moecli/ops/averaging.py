@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHUNK_BYTES = 256 << 20
+"""Largest fp32 copy of weights held at a time."""
 
-def weighted_mean(weight_EFD: Tensor, share_E: Tensor) -> Tensor:
-    """sum_e share_e W_e over the first dimension, accumulated in fp32 and cast once.
 
-    `share_E` must sum to 1. A single expert of share 1 comes back bit for bit.
-    """
-    if len(weight_EFD) == 1:
-        return weight_EFD[0].clone()
-    return torch.einsum("e...,e->...", weight_EFD.float(), share_E.float()).to(weight_EFD.dtype)
+def mixed(value_E: Tensor, share_KE: Tensor) -> Tensor:
+    """sum_e share_ke value_e: [E, ...] -> float32 [K, ...]. One matrix product for all groups, in slices of columns."""
+    flat_EX = value_E.flatten(1)
+    step = max(1, CHUNK_BYTES // (4 * len(flat_EX)))
+    share_KE = share_KE.to(flat_EX.device, torch.float32)
+    parts = [share_KE @ flat_EX[:, start : start + step].float() for start in range(0, flat_EX.shape[1], step)]
+    return torch.cat(parts, dim=1).view(len(share_KE), *value_E.shape[1:])
+
+
+def share_matrix(share_E: Tensor, group_E: Tensor, groups: int) -> Tensor:
+    """float32 [K, E]: each expert's share in the row of its group, 0 elsewhere; experts outside (-1) are in no row."""
+    matrix_KE = torch.zeros(groups, len(share_E))
+    inside = (group_E >= 0).nonzero().flatten()
+    matrix_KE[group_E[inside], inside] = share_E[inside].float()
+    return matrix_KE
 
 
 def shares(weight_E: Tensor, group_E: Tensor, groups: int) -> Tensor:

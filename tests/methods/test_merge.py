@@ -48,7 +48,7 @@ def test_more_clusters_than_experts_is_said_before_anything_runs(checkpoint):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe"])
 def test_merged_experts_are_weighted_means_of_their_members(model_type, checkpoint, context):
     model, ctx = checkpoint(model_type), context()
-    weighted(Weighted(), plan_for(model), model, ctx)
+    weighted(Weighted(), plan_for(model), model, None, ctx)
     merged = ctx.finish(model)
     before, after = family_of(model.config), family_of(merged.config)
     assert (merged.facts.experts, merged.facts.router_rows) == (4, 8)
@@ -76,7 +76,7 @@ def test_merging_equal_experts_loses_nothing(checkpoint, context, tmp_path):
             )
     equal = copied.finish(model)
     ctx = context("merged")
-    weighted(Weighted(), plan_for(equal), equal, ctx)
+    weighted(Weighted(), plan_for(equal), equal, None, ctx)
     ids = torch.arange(40).view(2, 20) % 100
     with torch.no_grad():
         difference = load_model(ctx.finish(equal))(ids).logits - load_model(equal)(ids).logits
@@ -87,12 +87,12 @@ def test_a_plan_that_drops_experts_cannot_be_merged(checkpoint, context):
     model = checkpoint()
     plan = ExpertPlan({layer: keep_only([0, 1, 2, 3], of=8) for layer in model.facts.moe_layers})
     with pytest.raises(StageFailed, match="the plan drops experts"):
-        weighted(Weighted(), plan, model, context())
+        weighted(Weighted(), plan, model, None, context())
 
 
 def test_uniform_weights_ignore_the_shares(checkpoint, context):
     model, ctx = checkpoint(), context()
-    weighted(Weighted(weights="uniform"), plan_for(model), model, ctx)
+    weighted(Weighted(weights="uniform"), plan_for(model), model, None, ctx)
     merged = ctx.finish(model)
     layer, family = model.facts.moe_layers[0], family_of(model.config)
     members = [family.read_expert(model, layer, e).up_FD for e in (4, 6, 7)]
@@ -102,7 +102,7 @@ def test_uniform_weights_ignore_the_shares(checkpoint, context):
 def test_dropping_rows_keeps_those_of_the_leads(checkpoint, context):
     model = checkpoint()
     first, second = context("merge"), context("drop")
-    weighted(Weighted(), plan_for(model), model, first)
+    weighted(Weighted(), plan_for(model), model, None, first)
     merged = first.finish(model)
     row_drop(RowDrop(), plan_for(model), merged, second)
     stock = second.finish(merged)

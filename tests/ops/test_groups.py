@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecli.core.artifacts import DROPPED, LayerPlan
-from moecli.ops.averaging import shares, weighted_mean
+from moecli.ops.averaging import mixed, share_matrix, shares
 from moecli.ops.linkage import agglomerate, pairwise
 from moecli.ops.select import keep_best, keep_only
 
@@ -81,14 +81,17 @@ def test_dropped_experts_have_no_share():
     assert shares(torch.tensor([2, 5]), torch.tensor([0, -1]), 1).tolist() == [1, 0]
 
 
-def test_weighted_mean_is_the_sum_of_shares_times_weights():
-    weight = torch.tensor([[[2.0, 4.0]], [[6.0, 0.0]]])
-    assert weighted_mean(weight, torch.tensor([0.25, 0.75])).tolist() == [[5.0, 1.0]]
+def test_mixed_is_the_sum_of_shares_times_weights(monkeypatch):
+    weight = torch.tensor([[[2.0, 4.0]], [[6.0, 0.0]], [[1.0, 1.0]]])
+    share = share_matrix(torch.tensor([0.25, 0.75, 1.0]), torch.tensor([1, 1, 0]), 2)
+    assert share.tolist() == [[0, 0, 1], [0.25, 0.75, 0]]
+    assert mixed(weight, share).tolist() == [[[1.0, 1.0]], [[5.0, 1.0]]]
+    monkeypatch.setattr("moecli.ops.averaging.CHUNK_BYTES", 1)
+    assert mixed(weight, share).tolist() == [[[1.0, 1.0]], [[5.0, 1.0]]]
 
 
-def test_one_member_comes_back_bit_for_bit():
-    weight = torch.randn(1, 3, 3).bfloat16()
-    assert torch.equal(weighted_mean(weight, torch.tensor([1.0])), weight[0])
+def test_dropped_experts_are_mixed_into_nothing():
+    assert share_matrix(torch.tensor([1.0, 0.0]), torch.tensor([0, -1]), 1).tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,27 @@ routing is exactly the original's; `router/...` stages turn it into a plain, sto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from moecli.core.artifacts import DROPPED, Checkpoint, ExpertPlan, ExpertWeights, LayerPlan, PartWriter
+from moecli.core.artifacts import (
+    DROPPED,
+    CalibrationStats,
+    Checkpoint,
+    ExpertPlan,
+    ExpertWeights,
+    LayerPlan,
+    PartWriter,
+)
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import Options
-from moecli.families import alias_config, family_of, forecast_alias
+from moecli.families import Family, alias_config, family_of, forecast_alias
+from moecli.ops.assignment import aligned
+from moecli.ops.averaging import mixed, share_matrix, shares
 
 
 class Merge(Options):
@@ -33,13 +45,14 @@ class Merge(Options):
         return forecast_alias(model, model.planned or model.facts.experts)
 
 
-MergeGroup = Callable[[int, LayerPlan, int], ExpertWeights]
-"""(layer, its plan, group) -> the merged expert"""
+MergeLayer = Callable[[int, LayerPlan, ExpertWeights], ExpertWeights]
+"""(layer, its plan, its experts with a leading E on the device) -> the merged experts with a leading K, any float type"""
 
 
-def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeGroup, ctx: Context) -> Checkpoint:
+def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context) -> Checkpoint:
     """Replace the experts of every planned layer by one for each group, and write the alias map.
 
+    Experts that are alone in their group are copied bit for bit, whatever `merge` makes of them.
     Raises StageFailed when the plan drops experts or does not fit the model.
     """
     family = family_of(model.config)
@@ -50,8 +63,9 @@ def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeGroup, ctx: C
             def write(part: PartWriter, layer: int = layer) -> None:
                 layer_plan = plan[layer]
                 _check(layer_plan, model.facts.experts, layer)
-                groups = range(layer_plan.experts)
-                family.write_experts(part, model, layer, [merge(layer, layer_plan, g) for g in groups])
+                experts = on_device(family.read_experts(model, layer), ctx.device)
+                merged = _keep_singles(layer_plan, experts, merge(layer, layer_plan, experts))
+                family.write_experts(part, model, layer, unstacked(merged))
                 part.put(family.alias_name(layer), layer_plan.group_E.to(torch.int64))
 
             out.part(f"layer-{layer:03d}", write)
@@ -59,6 +73,84 @@ def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeGroup, ctx: C
     ctx.record("groups", {str(layer): p.group_E.tolist() for layer, p in plan.items()})
     ctx.record("leads", {str(layer): p.lead_K.tolist() for layer, p in plan.items()})
     return out.checkpoint
+
+
+def averaged(experts: ExpertWeights, share_E: Tensor, plan: LayerPlan) -> ExpertWeights:
+    """sum_i share_i W_i of every group and matrix, float32 with a leading K."""
+    share_KE = share_matrix(share_E, plan.group_E, plan.experts)
+    return each(experts, lambda value_E: mixed(value_E, share_KE))
+
+
+def group_shares(plan: LayerPlan, weights: Literal["frequency", "uniform"]) -> Tensor:
+    """float32 [E]: the plan's shares, or equal ones."""
+    return plan.share_E if weights == "frequency" else shares(torch.ones(len(plan.group_E)), plan.group_E, plan.experts)
+
+
+Align = Literal["none", "weights", "weights+acts"]
+
+
+def aligned_to_leads(
+    align: Align, family: Family, layer: int, plan: LayerPlan, experts: ExpertWeights, stats: CalibrationStats | None
+) -> ExpertWeights:
+    """Experts [E] with their neurons in the order of their group's lead.
+
+    `weights+acts` compares activations on the token reservoir. StageFailed when the statistics lack it.
+    """
+    if align == "none":
+        return experts
+    lead_E = plan.lead_K[plan.group_E]
+    if align == "weights":
+        return aligned(experts, lead_E)
+    x_TD = reservoir(stats, layer).to(experts.gate_FD.device).float()
+    return aligned(experts, lead_E, lambda some: family.inner(as_float(some), x_TD))
+
+
+def reservoir(stats: CalibrationStats | None, layer: int) -> Tensor:
+    """The layer's sample of expert inputs [T, D]. StageFailed without one."""
+    if stats is None or layer not in stats:
+        raise StageFailed(
+            "calibration tokens are needed here", where=f"layer {layer}", hint="add a `calibrate/statistics` stage"
+        )
+    return stats[layer]["tok_reservoir"]
+
+
+def as_float(experts: ExpertWeights) -> ExpertWeights:
+    return each(experts, Tensor.float)
+
+
+def each(experts: ExpertWeights, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
+    """Every matrix and bias that is there, changed."""
+    return ExpertWeights(*(None if value is None else change(value) for value in experts))
+
+
+def on_device(experts: ExpertWeights, device: torch.device) -> ExpertWeights:
+    return each(experts, lambda value: value.to(device))
+
+
+def unstacked(experts: ExpertWeights) -> list[ExpertWeights]:
+    """One ExpertWeights for each entry of the leading dimension, on the CPU."""
+    singles = (tuple(None if v is None else v[i].cpu() for v in experts) for i in range(len(experts.gate_FD)))
+    return [ExpertWeights(*single) for single in singles]
+
+
+def grouped_members(plan: LayerPlan) -> Tensor:
+    """Experts that share a group with others, ascending int64."""
+    size_K = torch.bincount(plan.group_E, minlength=plan.experts)
+    return (size_K[plan.group_E] > 1).nonzero().flatten()
+
+
+def _keep_singles(plan: LayerPlan, experts: ExpertWeights, merged: ExpertWeights) -> ExpertWeights:
+    """The merged experts in the stored type, groups of one member as they were."""
+    single_K = torch.bincount(plan.group_E, minlength=plan.experts) == 1
+    lead = plan.lead_K[single_K]
+
+    def kept(new_K: Tensor, old_E: Tensor) -> Tensor:
+        new_K = new_K.to(old_E.dtype)
+        new_K[single_K.to(new_K.device)] = old_E[lead.to(old_E.device)]
+        return new_K
+
+    pairs = zip(merged, experts, strict=True)
+    return ExpertWeights(*(None if new is None or old is None else kept(new, old) for new, old in pairs))
 
 
 def _check(plan: LayerPlan, experts: int, layer: int) -> None:
