@@ -43,9 +43,11 @@ class RouteRule:
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, rule: RouteRule) -> Routing:
-    """The routing of T tokens. `bias_E` is the correction bias: it moves the selection, never the weights.
+    """The routing of T tokens. `bias_E` is the correction bias, one row or one for each token: it moves the selection,
+    never the weights.
 
-    A router's own linear bias (gpt_oss) belongs into the logits. Logits of -inf mask dropped experts.
+    A router's own linear bias (gpt_oss) belongs into the logits. Logits of -inf mask dropped experts, except of
+    sigmoid routers with a correction bias: cut their columns out instead.
     """
     logits_TE = logits_TE.float()
     match rule.score:
@@ -58,7 +60,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: RouteRule) -> Routing:
             score_TE = logits_TE.softmax(-1)
         case "sigmoid":
             score_TE = logits_TE.sigmoid()
-    choice_TE = score_TE if bias_E is None else score_TE + bias_E.float().flatten()
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E.float().reshape(-1, score_TE.shape[-1])
     experts_Tk = _in_best_groups(choice_TE, rule).topk(rule.top_k, dim=-1).indices
     weights_Tk = score_TE.gather(-1, experts_Tk)
     if rule.renormalized:

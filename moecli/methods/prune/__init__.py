@@ -69,7 +69,7 @@ def drop_experts(model: Checkpoint, stats: CalibrationStats, score: Scores, opt:
     family = family_of(model.config)
     config = one_group(model.config) if opt.groups == "flatten" else model.config
     blocks = family_of(config).facts.groups
-    safe = _protected(stats, model, opt, ctx)
+    safe = protected(stats, model, opt, ctx)
     kept = {layer: _choose(scores, safe.get(layer, []), opt.keep, blocks, layer) for layer, scores in score.items()}
     with ctx.writer(model, config=family.shrink_config(config, opt.keep)) as out:
         for layer in ctx.track(model.facts.moe_layers, "dropping experts"):
@@ -84,8 +84,8 @@ def drop_experts(model: Checkpoint, stats: CalibrationStats, score: Scores, opt:
     return out.checkpoint
 
 
-def _protected(stats: CalibrationStats, model: Checkpoint, opt: Prune, ctx: Context) -> dict[int, list[int]]:
-    """{layer: Super Experts}; none with `protect: none`."""
+def protected(stats: CalibrationStats, model: Checkpoint, opt: Prune, ctx: Context) -> dict[int, list[int]]:
+    """{layer: Super Experts} that must stay; none with `protect: none`."""
     if opt.protect == "none":
         return {}
     found = super_experts({layer: s["absmax"] for layer, s in stats.items()}, model.facts.layers)
