@@ -6,6 +6,8 @@
     runs/<name>/stages/<kind-name>/<key>.partial/    a stage being made, with the parts that are finished
     runs/<name>/parts/<key>.json                     a part that stages under several keys use
 
+Runs of a sweep keep `stages` and `parts` in the sweep's folder (`RunFolder.join`): what one made, all have.
+
 A folder gets its final name by one rename, after everything in it was synced, its manifest last.
 """
 
@@ -73,6 +75,49 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+
+    def join(self, store: Path) -> None:
+        """Keep stages and shared parts in the folder `store`, by links that survive moving both together.
+
+        SurroundingsError when this run has stages of its own already, or belongs to another store.
+        """
+        for name in ("stages", "parts"):
+            _make_folder(store / name)
+            link = self.path / name
+            with disk_errors(self.path):
+                if not link.exists() and not link.is_symlink():
+                    link.symlink_to(os.path.relpath(store / name, self.path), target_is_directory=True)
+            if not link.is_symlink() or link.resolve() != (store / name).resolve():
+                raise SurroundingsError(f"`{link}` is not the one of `{store}`", hint="choose another folder")
+
+    @property
+    def store(self) -> Path | None:
+        """The folder whose stages this run shares with others; None when they are its own."""
+        link = self.path / "stages"
+        return link.resolve().parent if link.is_symlink() else None
+
+    @contextlib.contextmanager
+    def alone(self, name: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Only one of the runs that share a store is inside at a time, for each `name`; `waiting` is called once
+        before the others are waited for. A run with stages of its own has its lock already.
+
+        It is a lock of the kernel (flock) and ends with its process; over NFS and Lustre that needs their lock
+        service.
+        """
+        if self.store is None:
+            yield
+            return
+        folder = self.store / "locks"
+        _make_folder(folder)
+        with disk_errors(folder):
+            file = (folder / file_safe(name)).open("a", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def stage(self, name: str, key: str) -> StageFolder:
         """The folder of stage `name` ("kind/method") under `key` (hex). Nothing is made on disk yet."""
@@ -170,7 +215,9 @@ class SharedParts:
         """Deletes all of them, each one's description first: a crash in the middle leaves no part half there."""
         for description in self.path.glob("*.json"):
             description.unlink()
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.path.resolve(), ignore_errors=True)
+        if self.path.is_symlink():
+            self.path.resolve().mkdir(exist_ok=True)
 
 
 class StageFolder:
