@@ -43,7 +43,7 @@ def test_the_loss_of_a_set_is_the_error_of_the_pruned_layer(model_type, checkpoi
     pruned = ctx.finish(model)
     family, after = family_of(model.config), family_of(pruned.config)
     for layer, s in stats.items():
-        replay = module._Replay(family, model, layer, s, torch.device("cpu"))
+        replay = module._Replay(family, model, layer, s["tok_reservoir"], torch.device("cpu"))
         x = s["tok_reservoir"]
         whole, cut = routed_sum(family, model, layer, x), routed_sum(after, pruned, layer, x)
         kept = ctx.records["kept"][str(layer)]
@@ -56,7 +56,7 @@ def test_exhaustive_finds_the_best_set_and_greedy_none_better(checkpoint, contex
     model = checkpoint("mixtral")
     stats = stats_of(model)
     layer, experts = model.facts.moe_layers[0], model.facts.experts
-    replay = module._Replay(family_of(model.config), model, layer, stats[layer], torch.device("cpu"))
+    replay = module._Replay(family_of(model.config), model, layer, stats[layer]["tok_reservoir"], torch.device("cpu"))
     sets = list(itertools.combinations(range(experts), 3))
     losses = [float(replay.loss(torch.tensor([s]))) for s in sets]
     found = {}
@@ -76,7 +76,9 @@ def test_a_protected_expert_is_in_the_set(checkpoint, context, monkeypatch):
         lost = next(e for e in range(8) if e not in free.records["kept"][str(first)])
         monkeypatch.setattr("moecli.methods.prune.super_experts", lambda absmax, layers, lost=lost: {first: [lost]})
         naee(Naee(keep=3, search=search), stats, model, bound)
-        replay = module._Replay(family_of(model.config), model, first, stats[first], torch.device("cpu"))
+        replay = module._Replay(
+            family_of(model.config), model, first, stats[first]["tok_reservoir"], torch.device("cpu")
+        )
         sets = [s for s in itertools.combinations(range(8), 3) if lost in s]
         kept = tuple(bound.records["kept"][str(first)])
         assert kept in sets
@@ -86,10 +88,10 @@ def test_a_protected_expert_is_in_the_set(checkpoint, context, monkeypatch):
 
 def test_skip_thresholds_are_medians_of_the_second_weight_over_the_first(checkpoint, context):
     model, ctx = checkpoint("mixtral"), context()
-    stats, family = stats_of(model, tokens=11), family_of(model.config)
-    naee(Naee(keep=6, protect="none"), stats, model, ctx)
+    stats, family = stats_of(model, tokens=20), family_of(model.config)
+    naee(Naee(keep=6, protect="none", tokens=11), stats, model, ctx)
     for layer, s in stats.items():
-        pairs = family.route_tokens(model, layer, s["tok_reservoir"]).weights_Tk
+        pairs = family.route_tokens(model, layer, s["tok_reservoir"][:11]).weights_Tk
         ratios = sorted(float(min(p) / max(p)) for p in pairs)
         assert ctx.records["skip_thresholds"][str(layer)] == pytest.approx(ratios[5], rel=1e-6)
 

@@ -30,7 +30,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertWeights, LayerStats
+from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertWeights
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
@@ -50,6 +50,8 @@ class Naee(Prune):
     """How sets of experts are searched."""
     beam_width: PositiveInt = 4
     """Sets that `beam` follows."""
+    tokens: PositiveInt = 512
+    """Sampled tokens a layer is judged on."""
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         yield from super().problems(model)
@@ -67,7 +69,7 @@ def naee(opt: Naee, stats: CalibrationStats, model: Checkpoint, ctx: Context) ->
     family, score, losses, skips = family_of(model.config), {}, {}, {}
     safe = protected(stats, model, opt, ctx)
     for layer in ctx.track(list(stats), "searching sets of experts"):
-        replay = _Replay(family, model, layer, stats[layer], ctx.device)
+        replay = _Replay(family, model, layer, stats[layer]["tok_reservoir"][: opt.tokens], ctx.device)
         kept = _search(_with(safe.get(layer, []), replay.loss), model.facts.experts, opt)
         score[layer] = torch.zeros(model.facts.experts).index_fill_(0, torch.tensor(kept), 1.0)
         losses[str(layer)] = float(replay.loss(torch.tensor([kept]))) / replay.size
@@ -102,8 +104,8 @@ def _with(safe: Sequence[int], loss: Loss) -> Loss:
 class _Replay:
     """One layer's routed output under any set of experts, for the sampled tokens. T tokens, C sets of K experts."""
 
-    def __init__(self, family: Family, model: Checkpoint, layer: int, stats: LayerStats, device: torch.device) -> None:
-        hidden_TD = stats["tok_reservoir"].to(device).float()
+    def __init__(self, family: Family, model: Checkpoint, layer: int, sample_TD: Tensor, device: torch.device) -> None:
+        hidden_TD = sample_TD.to(device).float()
         if not len(hidden_TD):
             raise StageFailed("no token was sampled", where=f"layer {layer}", hint="calibrate with more text")
         self._rule: RouteRule = replace(family.rule, groups=1, groups_used=1)
@@ -113,7 +115,7 @@ class _Replay:
         weights = family.read_experts(model, layer)
         on_device = ExpertWeights(*(None if w is None else w.to(device).float() for w in weights))
         output_TED = family.expert_forward(on_device, hidden_TD).transpose(0, 1)
-        self._gram_TEE = output_TED @ output_TED.mT
+        self._gram_TEE = (output_TED @ output_TED.mT).double()
         whole = family.route(self._logits_TE, self._bias_E)
         self._whole_TE = _dense(whole.weights_Tk, whole.experts_Tk, self._logits_TE.shape[1])
         self._weights_Tk = whole.weights_Tk
