@@ -122,10 +122,11 @@ def _metrics(execution: Execution) -> Iterable[MetricRow]:
             continue
         found = execution.artifact(index, Evaluation)
         assert isinstance(found, Evaluation)
-        if outcome.step.baseline or SOURCE in outcome.step.inputs.values():
+        if outcome.step.stage.on_source_too and SOURCE in outcome.step.inputs.values():
             before[outcome.step.position] = found
         else:
-            old = before.get(outcome.step.position) or _same_on_source(execution, outcome)
+            both = Evaluation(found.source) if found.source else None
+            old = both or before.get(outcome.step.position) or _same_on_source(execution, outcome)
             rows |= {(row.task, row.metric): row for row in metric_rows(old, found)}
     if not rows:
         for found in before.values():

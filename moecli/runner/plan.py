@@ -21,7 +21,9 @@ from moecli.runner import lookup
 from moecli.runner.export import why_not_stock
 
 SOURCE = -1
-"""Stands for the source model where a step's index is expected."""
+"""Stands for the source model where a step's index is expected. An input called `source` is it, unless `use` says
+otherwise.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def _wire(recipe: Recipe, stages: Sequence[Stage], problems: list[Diagnostic]) -
             named = entry.use.get(name)
             if named is not None and (named in ids or named == "source"):
                 wired[name] = ids.get(named, SOURCE)
-            elif (origin := _newest(wanted, stages[:position])) is not None:
+            elif (origin := SOURCE if name == "source" else _newest(wanted, stages[:position])) is not None:
                 wired[name] = origin
             elif not wanted.optional and named is None:
                 problems.append(_missing(recipe, position, entry, wanted))
@@ -294,6 +296,8 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterat
     for problem in own:
         yield Diagnostic(problem.message, _place(recipe, step.position, problem), problem.hint)
     if any(not problem.option for problem in own):  # the stage has no place here at all
+        return
+    if step.stage.kind == "eval":  # may look back at what made the model
         return
     facts = step.sketch.facts
     for name, index in step.inputs.items():
