@@ -1,0 +1,417 @@
+"""Gradients one decoder layer at a time: all text goes through every layer, then back from the last to the first.
+
+    swept = backward_sweep(checkpoint, batches, device=device)
+    for layer in swept:                  # optional: the way there, with everything `sweep` offers
+        layer.observe(collectors(["h2"]))
+    for layer in swept.back():           # last layer first
+        if layer.is_moe:
+            stats = layer.observe(collectors(["gh2"]))
+
+The loss is the next-token cross entropy of the model in eval mode, in natural logarithms, summed over all positions
+whose next token exists and is no padding: summed, so that it does not matter what is in one batch, and no auxiliary
+router loss. Gradients are those of activations; weights get none.
+
+The hidden states before every layer are kept: on the device while there is room, then in page-locked CPU memory, then
+in mapped files. On the way back each layer runs again with grad, one micro-batch at a time, so a graph holds one
+micro-batch in one layer. The head runs in chunks of tokens: logits of all tokens never exist at once. Embedding and
+head are resident at the start and between the two ways; layers are read once each way.
+
+Gradients of hidden states are kept in the model's dtype, as in training. float16 is refused: its range is too small for
+them. Products and roundings on the way back are those of `engine.pullback`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moecli.core.artifacts import Checkpoint, LayerStats
+from moecli.core.errors import StageFailed, UsageError
+from moecli.core.model import ModelFacts
+from moecli.engine.collectors import Collector, Grouped, collectors
+from moecli.engine.data import Batch
+from moecli.engine.flow import Flow, Recorder, Replaced, moved
+from moecli.engine.loader import Loader
+from moecli.engine.memory import (
+    DEVICE_SHARE,
+    HOST_SHARE,
+    Plan,
+    Shelf,
+    Sizes,
+    _free_in_memory,
+    _free_on_device,
+    plan_for,
+    sizes_of,
+)
+from moecli.engine.pullback import Routed, differentiable
+from moecli.engine.sweep import Sweep, SweptLayer, Track, _shape
+from moecli.families import adapter
+
+HEAD_BYTES = 512 << 20
+"""Largest logits held at a time, counted in fp32; their gradient takes as much again, twice."""
+GRAPH_FACTOR = 3
+"""A layer's activations with grad, in activations of a plain pass, estimated from above."""
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that hidden states between the layers may take on the device and in CPU memory; the rest goes to files."""
+
+    device: int
+    memory: int
+
+
+def backward_sweep(
+    checkpoint: Checkpoint,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    track: Track | None = None,
+    plan: Plan | None = None,
+    room: Room | None = None,
+) -> BackwardSweep:
+    """A sweep that can go back. Arguments are those of `engine.sweep.sweep`; `plan` and `room` overrule what is made
+    from free memory.
+
+    UsageError for float16, SurroundingsError when the checkpoint does not fit its own config.
+    """
+    show = track or (lambda items, label: items)
+    return BackwardSweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, room)
+
+
+class BackwardSweep(Sweep):
+    """Iterate it, or go `back` at once, which does what is left of the way there first.
+
+    `loss` and `targets` are known as soon as the way back has begun.
+    """
+
+    loss: float
+    """Cross entropy in nats, summed over `targets` tokens."""
+    targets: int
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batches: Sequence[Batch],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        track: Track,
+        plan: Plan | None,
+        room: Room | None,
+    ) -> None:
+        super().__init__(checkpoint, batches, device, dtype, track, plan or Plan("memory", 1, False, 0))
+        if self._model.dtype == torch.float16:
+            raise UsageError("gradients leave the range of float16", hint="set `model` to a bfloat16 copy of it")
+        sizes = sizes_of(self._model, self._checkpoint.facts, batches)
+        self.plan = plan or plan_for(replace(sizes, sequence=GRAPH_FACTOR * sizes.sequence), device)
+        self._flow = Flow(batches, device, self.plan)
+        self._flow.shelf.close()
+        self._flow.shelf = self._kept = Kept(device, room or room_for(sizes, self.plan, device))
+        self._states: list[list[Tensor]] = []
+
+    def _layer(self, index: int, loader: Loader) -> Iterator[SweptLayer]:
+        self._states.append(self._flow.hidden)
+        yield from super()._layer(index, loader)
+
+    def back(self) -> Iterator[BackLayer]:
+        """The layers from the last to the first, each with the gradient of its output at hand."""
+        if not self._started:
+            for _ in self:
+                pass
+        if self._done < len(self):
+            raise RuntimeError(f"{self._done} of {len(self)} layers have run; the way back needs all")
+        if len(self._states) < len(self):
+            raise RuntimeError("a sweep goes back once; make a new one")
+        shelf = Shelf(self.plan.home, self._device, self.plan.states)
+        loader = Loader(self._model, self._checkpoint, self._names, self._device, self.plan.ahead, step=-1)
+        try:
+            self._from_the_head(shelf)
+            for index in self._track(range(len(self))[::-1], "layers, backward"):
+                yield from self._layer_back(index, loader)
+        finally:
+            loader.close()
+            self._states.clear()
+            self._kept.close()
+            shelf.close()
+
+    def report(self) -> list[str]:
+        where = f"; between layers {self._kept}" if self._device.type != "cpu" or self._kept.files else ""
+        return [line + where if line == str(self.plan) else line for line in super().report()]
+
+    def _layer_back(self, index: int, loader: Loader) -> Iterator[BackLayer]:
+        module = loader.load(index).requires_grad_(False)
+        try:
+            layer = BackLayer(
+                index, module, self._checkpoint.facts, self._flow, self._states_before(index),
+                lambda: self._halve(index),
+            )  # fmt: skip
+            yield layer
+            self._flow.advance(layer.made())
+        finally:
+            loader.free(index)
+            del self._states[index:]
+
+    def _states_before(self, index: int) -> Callable[[], list[Tensor]]:
+        """What the layer was fed, by micro-batches as they are now: these may have been halved since."""
+
+        def states() -> list[Tensor]:
+            pieces: list[Tensor] = []
+            sizes = iter([batch.input_ids.shape[0] for batch in self._flow.batches])
+            for state in self._states[index]:
+                start = 0
+                while start < len(state):
+                    size = next(sizes)
+                    pieces.append(state[start : start + size])
+                    start += size
+            return pieces
+
+        return states
+
+    def _from_the_head(self, shelf: Shelf) -> None:
+        """The loss, and its gradient at the end of the last layer in the place of the hidden states."""
+        adapter.load_outside(self._model, self._checkpoint, self._names, self._device)
+        self._model.requires_grad_(False)
+        final, self._flow.hidden, self._flow.shelf = self._flow.hidden, [], shelf
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.targets, made = 0, []
+        try:
+            for index, (batch, state) in enumerate(zip(self._flow.batches, final, strict=True)):
+                wanted = next_tokens(batch)
+                self.targets += int((wanted != IGNORED).sum())
+                loss, slope = self._head(state.to(self._device), wanted.to(self._device))
+                total += loss
+                made.append(shelf.put(index, slope))
+        finally:
+            adapter.free_outside(self._model, self._names)
+        del final
+        self._flow.advance(made)
+        self.loss = float(total)
+        if not math.isfinite(self.loss):
+            raise StageFailed(
+                "the loss on the calibration text is not a number", hint="check the model with `moecli verify`"
+            )
+
+    def _head(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss of a micro-batch [B, S, D] with targets [B, S], and its gradient."""
+        per_chunk = max(1, HEAD_BYTES // (4 * self._checkpoint.facts.vocab))
+        slope = torch.zeros_like(hidden)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for row in range(len(hidden)):
+            for start in range(0, hidden.shape[1], per_chunk):
+                part = (row, slice(start, start + per_chunk))
+                leaf = hidden[part].detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = self._logits_of(leaf)
+                    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    loss = functional.cross_entropy(exact, wanted[part], reduction="sum", ignore_index=IGNORED)
+                (slope[part],) = torch.autograd.grad(loss, leaf)
+                total += loss.detach()
+        return total, slope
+
+    def _logits_of(self, hidden_SD: Tensor) -> Tensor:
+        """Final norm and head of the whole model on some tokens: both treat every token alone."""
+        recorders = [Recorder(layer) for layer in adapter.decoder_layers(self._model)[1]]
+        recorders[-1].answer = hidden_SD[None]
+        ids = torch.zeros(1, len(hidden_SD), dtype=torch.int64, device=hidden_SD.device)
+        with Replaced(self._model, self._names.prefix, recorders):
+            return self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+
+
+class BackLayer:
+    """One decoder layer on the way back, with its weights, what it was fed, and the gradient of what it made. Valid
+    until the loop goes on.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        facts: ModelFacts,
+        flow: Flow,
+        states: Callable[[], list[Tensor]],
+        halve: Callable[[], bool],
+    ) -> None:
+        self.index, self.module = index, module
+        self._flow, self._states, self._halve = flow, states, halve
+        self.parts = adapter.moe_parts(module)
+        self.is_moe = self.parts is not None
+        self.shape = _shape(self.parts.experts, facts) if self.parts else None
+        self._made: list[Tensor] | None = None
+
+    def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
+        """Statistics of gradients over all batches; counts and gate sums are always among them.
+
+        StageFailed for a dense layer, or experts whose way back is not known.
+        """
+        if self.parts is None:
+            raise StageFailed(f"layer {self.index} has no experts to observe")
+        always = collectors(("count", "gate_sum"))
+        wanted = {c.name: c for c in some if c.name not in ("count", "gate_sum")}
+        tokens = self._within_memory(lambda: self._run(always, list(wanted.values())))
+        found = {name: value for c in (*always, *wanted.values()) for name, value in c.result().items()}
+        return LayerStats(tokens, found.pop("count"), found.pop("gate_sum"), found)
+
+    def output_grads(self) -> list[Tensor]:
+        """dl/d(output of the layer) of each batch, [B, S, D], where it waits; 0 on padding. Its square is what
+        gradient-weighted quantization errors are weighted with.
+        """
+        self._flow.shelf.settle()
+        return self._flow.joined(self._flow.hidden)
+
+    def input_grads(self) -> list[Tensor]:
+        """dl/d(input of the layer) of each batch, [B, S, D]."""
+        made = self.made()
+        self._flow.shelf.settle()
+        return self._flow.joined(made)
+
+    def made(self) -> list[Tensor]:
+        """`input_grads`, one for each micro-batch, perhaps still on their way."""
+        if self._made is None:
+            self._within_memory(lambda: self._run([], []))
+        assert self._made is not None
+        return self._made
+
+    def _within_memory(self, work: Callable[[], int]) -> int:
+        """As `SweptLayer` does: begin again with half as many sequences when the device's memory does not suffice."""
+        while True:
+            self._made = None
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # what the failed pass holds is free only after this clause
+            if not self._halve():
+                raise StageFailed(
+                    "out of memory with one sequence at a time",
+                    where=f"layer {self.index}, backward",
+                    hint="lower `tokens_per_sample`, or use a device with more memory",
+                )
+
+    def _run(self, always: Sequence[Collector], wanted: Sequence[Collector]) -> int:
+        for collector in (*always, *wanted):
+            collector.start(self.shape, self._flow.device)
+        tokens, made = 0, []
+        with differentiable(self.module, self.parts, keep=bool(wanted)) as routed:
+            for i, state in enumerate(self._states()):
+                made.append(self._flow.shelf.put(i, self._pull(i, state)))
+                if always and routed is not None:
+                    tokens += self._update(always, wanted, routed, i, tokens)
+        self._made = made
+        return tokens
+
+    def _pull(self, index: int, state: Tensor) -> Tensor:
+        args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)
+        leaf = state.to(self._flow.device, non_blocking=True).detach().requires_grad_()
+        with torch.enable_grad():
+            out = self.module(leaf, *args, **kwargs)
+        (slope,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaf, self._flow.here(index))
+        return slope
+
+    @torch.no_grad()
+    def _update(
+        self, always: Sequence[Collector], wanted: Sequence[Collector], routed: Routed, index: int, seen: int
+    ) -> int:
+        """Feed the collectors; returns the tokens without padding."""
+        if wanted:
+            pulled = routed.take()
+            for collector in wanted:
+                collector.update(pulled)
+        rows = self._flow.run(self.index, index).rows
+        hidden, chosen, weight = routed.seen if rows is None else (x.index_select(0, rows) for x in routed.seen)
+        first_Tk = (chosen[:, :, None] == chosen[:, None, :]).int().argmax(-1)
+        slot_k = torch.arange(chosen.shape[1], device=chosen.device)
+        some = Grouped(
+            shape=self.shape, hidden_TD=hidden, weight_Tk=weight, coalesced=True,
+            index_Tk=chosen.where(first_Tk == slot_k, chosen.new_tensor(-1)),
+            token_T=torch.arange(seen, seen + len(hidden), device=hidden.device), run_experts=_none,
+        )  # fmt: skip
+        for collector in always:
+            collector.update(some)
+        return len(hidden)
+
+
+def _none(x_SD: Tensor, expert_S: Tensor) -> Tensor:
+    raise RuntimeError("outputs of experts are not there on the way back")
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """int64 [B, S]: the token after each position, `IGNORED` where either is padding or there is none."""
+    wanted = torch.full_like(batch.input_ids, IGNORED)
+    both = (batch.attention_mask[:, :-1] != 0) & (batch.attention_mask[:, 1:] != 0)
+    wanted[:, :-1] = batch.input_ids[:, 1:].where(both, IGNORED)
+    return wanted
+
+
+# --- hidden states between the layers -------------------------------------------------------------
+
+
+def room_for(sizes: Sizes, plan: Plan, device: torch.device) -> Room:
+    """What is left of the memory that is free now, beside the layers, one micro-batch with its graph and the gradients
+    that `plan` holds.
+    """
+    memory = int(HOST_SHARE * _free_in_memory())
+    memory -= 2 * sizes.states if plan.home in ("memory", "pinned") else 0
+    if device.type != "cuda":
+        return Room(0, max(0, memory))
+    room = int(DEVICE_SHARE * _free_on_device(device))
+    room -= (2 if plan.ahead else 1) * sizes.layer + min(sizes.batch, plan.sequences) * GRAPH_FACTOR * sizes.sequence
+    room -= 3 * HEAD_BYTES + (2 * sizes.states if plan.home == "device" else 0)
+    return Room(max(0, room), max(0, memory))
+
+
+class Kept(Shelf):
+    """Hidden states that all stay: on the device, then in CPU memory, then in files, each until it is full."""
+
+    def __init__(self, device: torch.device, room: Room) -> None:
+        super().__init__("device" if device.type == "cuda" else "memory", device)
+        self._left = {"device": room.device if device.type == "cuda" else 0, "memory": room.memory}
+        self.held = {"device": 0, "memory": 0, "file": 0}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def files(self) -> int:
+        """Bytes in files."""
+        return self.held["file"]
+
+    def __str__(self) -> str:
+        words = {"device": "on the device", "memory": "in CPU memory", "file": "in files"}
+        return ", ".join(f"{size / 2**30:.2f} GiB {words[home]}" for home, size in self.held.items() if size) or "none"
+
+    def put(self, index: int, hidden: Tensor) -> Tensor:
+        home = next((home for home, left in self._left.items() if left >= hidden.nbytes), "file")
+        self.held[home] += hidden.nbytes
+        if home in self._left:
+            self._left[home] -= hidden.nbytes
+        if home == "device" or (home == "memory" and not hidden.is_cuda):
+            return hidden
+        slot = self._mapped(hidden) if home == "file" else torch.empty_like(hidden, device="cpu", pin_memory=True)
+        return slot.copy_(hidden, non_blocking=home == "memory")
+
+    def turn(self) -> None:
+        """Nothing is overwritten."""
+
+    def settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def close(self) -> None:
+        super().close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _mapped(self, like: Tensor) -> Tensor:
+        """Memory over a file that has no name any more: its space is free when the tensor goes."""
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="moecli-states-")
+        path = Path(self._scratch.name) / "state.bin"
+        slot = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+        path.unlink()
+        return slot
