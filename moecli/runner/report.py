@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moecli.core.artifacts import Evaluation
 from moecli.core.errors import MoecliError, SurroundingsError
 from moecli.io.durable import write_text
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of `report.json`. Raised when an older reader could misread a newer file."""
 
 Part = Literal["experts", "attention", "router", "shared", "embeddings", "other"]
@@ -105,6 +105,37 @@ class SizeRecord(Record):
         return self.before.bytes / self.after.bytes if self.after and self.after.bytes else None
 
 
+class Paired(Record):
+    """A difference between two models on the same documents, with what the documents can tell about it."""
+
+    scale: Literal["difference", "ratio"]
+    """`ratio` for perplexities: after divided by before."""
+    estimate: float
+    """On that scale, like everything below; for several tasks their mean (of logarithms for ratios)."""
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """95 % interval; None where the documents do not tell (fewer than two, or all with the same difference)."""
+    items: int
+    """Documents."""
+    p: float | None = None
+    """Exact two-sided p of McNemar's test, for metrics of right and wrong."""
+    lost: int | None = None
+    """Documents that went from right to wrong."""
+    gained: int | None = None
+    """Documents that went from wrong to right."""
+    detectable: float | None = None
+    """Smallest true difference that would be found four times in five, with as many flips as were seen."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves no change out; without one, whether several documents show the same change."""
+        nothing = 1.0 if self.scale == "ratio" else 0.0
+        if self.low is None or self.high is None:
+            return self.items > 1 and self.estimate != nothing
+        return not self.low <= nothing <= self.high
+
+
 class MetricRow(Record):
     """One metric of one task on the source model and on the result."""
 
@@ -116,6 +147,8 @@ class MetricRow(Record):
     after_stderr: float | None = None
     samples: int | None = None
     higher_is_better: bool | None = None
+    paired: Paired | None = None
+    """The comparison document by document, where both evaluations kept their documents."""
 
     @property
     def delta(self) -> float | None:
@@ -123,24 +156,33 @@ class MetricRow(Record):
 
     @property
     def delta_stderr(self) -> float | None:
-        """Standard error of the difference if both evaluations were independent: sqrt(se_before^2 + se_after^2).
+        """Standard error of the difference, paired where it is known.
 
-        They answer the same questions, so the true error is usually smaller: a clear change here is clear.
+        Otherwise as if both evaluations were independent, sqrt(se_before^2 + se_after^2). They answer the same
+        questions, so the true error is usually smaller: a clear change here is clear.
         """
+        if self.paired is not None and self.paired.scale == "difference":
+            return self.paired.stderr
         if self.before_stderr is None or self.after_stderr is None:
             return None
         return math.hypot(self.before_stderr, self.after_stderr)
 
     @property
     def reading(self) -> Reading:
-        """The difference in words. Without standard errors every difference counts as clear."""
+        """The difference in words: by the paired interval, else by standard errors; without either every difference
+        counts as clear."""
         if self.delta is None or math.isnan(self.delta):
             return "not compared"
-        if abs(self.delta) <= CLEAR_ERRORS * (self.delta_stderr or 0.0):
+        if not self._is_clear(self.delta):
             return "no clear change"
         if self.higher_is_better is None:
             return "changed"
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+
+    def _is_clear(self, delta: float) -> bool:
+        if self.paired is not None:
+            return self.paired.clear
+        return abs(delta) > CLEAR_ERRORS * (self.delta_stderr or 0.0)
 
 
 class Calibration(Record):
@@ -159,6 +201,36 @@ class Dendrogram(Record):
     groups: tuple[int, ...]
 
 
+class Series(Record):
+    """One line of a chart: points in the order they are joined; None leaves a gap."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float | None, ...]
+    error: tuple[float, ...] = ()
+    """Half the length of each point's bar, one standard error; empty without."""
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        if len(self.x) != len(self.y) or (self.error and len(self.error) != len(self.x)):
+            raise ValueError(f"`{self.name}` has {len(self.x)} x, {len(self.y)} y and {len(self.error)} errors")
+        return self
+
+
+class Chart(Record):
+    """A figure that a stage asks for: `ctx.record("charts", [...])` with mappings of these values."""
+
+    title: str
+    """What it shows; charts of several stages under one title are drawn as one."""
+    caption: str
+    """How to read it: what was measured, on what, what is better."""
+    x_label: str
+    y_label: str
+    log_x: bool = False
+    log_y: bool = False
+    series: tuple[Series, ...]
+
+
 class Figures(Record):
     """Data of the figures, by layer index; expert ids are those of the source model."""
 
@@ -169,6 +241,8 @@ class Figures(Record):
     """Experts that still have a router row or lead their group, ascending."""
     groups: dict[int, tuple[int, ...]] = {}
     """Group of each expert [E], -1 for a dropped one."""
+    charts: tuple[Chart, ...] = ()
+    """What stages measured along a line: error by layer, routing drift, hits against cache."""
 
     def homes(self, layer: int) -> tuple[int | None, ...]:
         """For each source expert of a layer, the one that holds it now: itself, its group's lead, None if dropped.

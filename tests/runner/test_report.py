@@ -44,7 +44,7 @@ def test_infinity_stays_json(tmp_path: Path) -> None:
 
     save(small(), tmp_path)
     value = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
-    assert (value["schema"], value["metrics"][2]["after"]) == (1, "Infinity")
+    assert (value["schema"], value["metrics"][2]["after"]) == (2, "Infinity")
     assert load(tmp_path).metrics[2].after == math.inf
 
 
@@ -54,8 +54,8 @@ def test_number_lists_take_one_line(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text('{"schema": 2, "news": []}')
-    with pytest.raises(MoecliError, match=r"report.json has format 2, this moecli reads up to 1") as caught:
+    (tmp_path / "report.json").write_text('{"schema": 3, "news": []}')
+    with pytest.raises(MoecliError, match=r"report.json has format 3, this moecli reads up to 2") as caught:
         load(tmp_path)
     assert caught.value.hint == "`pip install --upgrade moecli`"
 
@@ -70,7 +70,7 @@ def test_no_report(tmp_path: Path) -> None:
     [
         ("{", r"is not JSON \(.*line 1\)"),
         ("[]", "is damaged at the top level"),
-        ('{"schema": 1}', "is damaged at name: Field required"),
+        ('{"schema": 2}', "is damaged at name: Field required"),
     ],
 )
 def test_a_damaged_report(tmp_path: Path, text: str, message: str) -> None:
