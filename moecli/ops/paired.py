@@ -132,12 +132,16 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * total / 2**flips)
 
 
-def no_flip_bound(documents: int, level: float = 0.95) -> float:
-    """Largest rate of flips that still leaves `documents` without one, with probability (1 - level)/2.
+def no_flip_bound(documents: Sequence[int], level: float = 0.95) -> float:
+    """Largest rate of flips that still leaves all `documents` without one, with probability (1 - level)/2.
 
-    Clopper and Pearson's bound for no event: 1 - ((1 - level)/2)^(1/N). The difference of accuracies lies within it.
+    Clopper and Pearson's bound for no event, 1 - ((1 - level)/2)^(1/N); the difference of accuracies lies within it.
+    For the mean over several tasks, -ln((1 - level)/2) / (tasks * fewest documents), which is never too small.
     """
-    return -math.expm1(math.log((1 - level) / 2) / documents)
+    surprise = -math.log((1 - level) / 2)
+    if len(documents) == 1:
+        return -math.expm1(-surprise / documents[0])
+    return min(1.0, surprise / (len(documents) * min(documents)))
 
 
 def detectable(documents: int, flips: float = 1.0, *, power: float = 0.8, level: float = 0.95) -> float | None:

@@ -25,6 +25,8 @@ from moecli.runner.report import MetricRow, Paired
 RUN_FORMAT = 1
 """Version of a run's `manifest.json`. Raised when an older reader could misread a newer one."""
 
+_ADD_EVALUATION = "add an `eval/...` stage at the end of its recipe"
+
 _SHOWN = 8
 """Differing settings that one message spells out."""
 
@@ -67,9 +69,7 @@ def load_sides(a: str, b: str | None) -> tuple[Side, Side]:
     before, after = _run_evaluations(folder)
     if not before or not after:
         missing = "its source" if after else "the model it made"
-        raise UsageError(
-            f"`{a}` has no evaluation of {missing}", hint="add an `eval/...` stage at the end of its recipe"
-        )
+        raise UsageError(f"`{a}` has no evaluation of {missing}", hint=_ADD_EVALUATION)
     return Side(f"{a} (source)", before), Side(a, after)
 
 
@@ -85,7 +85,7 @@ def load_side(name: str) -> Side:
     if _is_run(path):
         before, after = _run_evaluations(path)
         if not (after or before):
-            raise UsageError(f"`{name}` has no evaluation", hint="add an `eval/...` stage at the end of its recipe")
+            raise UsageError(f"`{name}` has no evaluation", hint=_ADD_EVALUATION)
         return Side(name, after or before)
     folder = path.parent if path.name == "artifact.json" else path
     if (folder / "artifact.json").is_file():
@@ -280,10 +280,9 @@ def _members(found: Evaluation, task: str) -> list[Items]:
 
 def _documents(found: Evaluation, task: str) -> dict[str, str]:
     """Document -> digest of what was asked about it, in order."""
-    members = _members(found, task)
     return {
         f"{items.task} {doc}": prompt
-        for items in members
+        for items in _members(found, task)
         for doc, prompt in zip(items.docs, items.prompts, strict=True)
     }
 
@@ -354,7 +353,7 @@ def _paired(pools: Sequence[_Pool]) -> Paired:
         lost, gained = (sum(direction) for direction in zip(*flips, strict=True))
         p = paired.mcnemar(lost, gained)
         if ends is None:
-            bound = min(paired.no_flip_bound(len(s.num_N)) for s in strata)
+            bound = paired.no_flip_bound([len(s.num_N) for s in strata])
             ends = (max(-1.0, estimate - bound), min(1.0, estimate + bound))
         if len(pools) == 1:
             detectable = paired.detectable(items, (lost + gained) / items)
@@ -375,9 +374,8 @@ def _totals(rows: Sequence[MetricRow], pools: Sequence[_Pool], before: Sequence[
     Values of perplexities are geometric means. p is the sign test on all flips together: under no change each flip is
     as likely to go either way, whatever task it is in.
     """
-    inside = {
-        member for found in before for items in found.items if items.task in _names(rows) for member in items.members
-    }
+    tasks = {row.task for row in rows}
+    inside = {m for found in before for items in found.items if items.task in tasks for m in items.members}
     by_key: dict[tuple[str, str], list[_Pool]] = {}
     for pool in pools:
         if pool.task not in inside:
@@ -393,10 +391,6 @@ def _totals(rows: Sequence[MetricRow], pools: Sequence[_Pool], before: Sequence[
             after=_mean([m.after for m in members], form), samples=found.items,
             higher_is_better=members[0].higher_is_better, paired=found,
         )  # fmt: skip
-
-
-def _names(rows: Sequence[MetricRow]) -> set[str]:
-    return {row.task for row in rows}
 
 
 def _mean(values: Sequence[float | None], form: str) -> float:
