@@ -19,16 +19,43 @@ def quantize_rtn(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor,
     A group of zeros gets scale 1. Leading batch dimensions are allowed. Raises ValueError when `group_size`
     does not divide K.
     """
+    scale = group_scale(weight_NK, bits, group_size)
+    grouped = weight_NK.float().unflatten(-1, (-1, group_size))
+    return _codes(grouped, scale.float(), bits).to(torch.int8).flatten(-2), scale
+
+
+def group_scale(weight_NK: Tensor, bits: int, group_size: int, shrink: bool = False) -> Tensor:
+    """Scale of each group [N, G] in the weight's dtype: max|w| / ((2^b - 1) / 2), or 1 for a group of zeros.
+
+    With `shrink` the best of 80 scales, 1.00, 0.99, ... 0.21 of that, by the sum of |error|^2.4 over the group (GPTQ's
+    MSE search, quantize.md 1.2). Raises ValueError when `group_size` does not divide K.
+    """
     columns = weight_NK.shape[-1]
     if columns % group_size:
         raise ValueError(f"group_size {group_size} does not divide the input width {columns}")
     grouped = weight_NK.float().unflatten(-1, (columns // group_size, group_size))
-    scale = grouped.abs().amax(-1) / ((2**bits - 1) / 2)
-    scale = scale.to(weight_NK.dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = (grouped / scale.float().unsqueeze(-1)).round()
-    codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return codes.to(torch.int8).flatten(-2), scale
+    whole = grouped.abs().amax(-1) / ((2**bits - 1) / 2)
+    best = _stored(whole, weight_NK.dtype)
+    if shrink:
+        least = _error(grouped, best.float(), bits)
+        for step in range(1, 80):
+            scale = _stored(whole * (1 - step / 100), weight_NK.dtype)
+            error = _error(grouped, scale.float(), bits)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _stored(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
+    scale = scale_NG.to(dtype)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _codes(grouped_NGg: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
+    return (grouped_NGg / scale_NG[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _error(grouped_NGg: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
+    return (_codes(grouped_NGg, scale_NG, bits) * scale_NG[..., None] - grouped_NGg).abs().pow(2.4).sum(-1)
 
 
 def dequantize(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None = None) -> Tensor:

@@ -1,0 +1,121 @@
+"""Batched GPTQ against one matrix at a time, written from the paper."""
+
+import pytest
+import torch
+
+from moecli.ops.gptq import DAMPS, factor, solve
+from moecli.ops.pack import dequantize, group_scale, quantize_rtn
+
+E, R, C, G = 3, 20, 160, 32
+
+
+def inputs(seed, tokens=400, scale=True):
+    """Weights, correlated inputs and their Hessians."""
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(E, R, C, generator=rng)
+    mix = torch.randn(E, C, C, generator=rng) * (torch.rand(E, 1, C, generator=rng) if scale else 1)
+    x = torch.randn(E, tokens, C, generator=rng) @ mix
+    return weight, x, x.mT @ x
+
+
+def plain(weight_RC, hessian_CC, scale_RG, bits, damp=0.01, act_order=True):
+    """Algorithm 1 of arXiv 2210.17323 for one matrix, one column at a time, in float64 and without blocks."""
+    w, h = weight_RC.double().clone(), hessian_CC.double().clone()
+    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
+    w, h = w[:, order], h[order][:, order]
+    h += damp * h.diagonal().mean() * torch.eye(len(h))
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    codes = torch.empty_like(w)
+    for j in range(w.shape[1]):
+        scale = scale_RG[:, order[j] // (w.shape[1] // scale_RG.shape[1])].double()
+        codes[:, j] = (w[:, j] / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        error = (w[:, j] - codes[:, j] * scale) / upper[j, j]
+        w[:, j:] -= error[:, None] * upper[j, j:]
+    found = torch.empty_like(codes)
+    found[:, order] = codes
+    return found.to(torch.int8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_codes_are_those_of_the_plain_algorithm(bits, act_order):
+    weight, _, hessian = inputs(bits)
+    scale = group_scale(weight, bits, G)
+    found = solve(weight, scale, factor(hessian, act_order=act_order), bits)
+    wanted = torch.stack(
+        [plain(w, h, s, bits, act_order=act_order) for w, h, s in zip(weight, hessian, scale, strict=True)]
+    )
+    rows = (found.codes_ERC != wanted).any(-1)
+    assert rows.sum() <= 0.15 * rows.numel(), "a tie in float32 moves all that follows in its row, no other row"
+    exact = solve(weight.double(), scale, factor(hessian.double(), act_order=act_order), bits)
+    assert torch.equal(exact.codes_ERC, wanted)
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    _, _, hessian = inputs(5)
+    found = factor(hessian, damp=0.02)
+    for upper, order, h in zip(*found[:2], hessian.double(), strict=True):
+        damped = h[order][:, order] + 0.02 * h.diagonal().mean() * torch.eye(C)
+        product = upper.double().mT @ upper.double() @ damped
+        assert (product - torch.eye(C)).abs().max() < 1e-2
+        assert torch.equal(upper, upper.triu())
+    assert found.tries_E.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_error_on_the_inputs_is_smaller_than_that_of_rounding(bits):
+    weight, x, hessian = inputs(7)
+    scale = group_scale(weight, bits, G)
+    found = solve(weight, scale, factor(hessian), bits)
+    rounded, _ = quantize_rtn(weight, bits, G)
+    for e in range(E):
+        error = {
+            name: ((dequantize(codes[e], scale[e], G) - weight[e]) @ x[e].T).square().sum().item()
+            for name, codes in (("gptq", found.codes_ERC), ("rtn", rounded))
+        }
+        assert error["gptq"] < 0.6 * error["rtn"]
+
+
+def test_a_hessian_without_a_factor_means_plain_rounding_and_is_told():
+    weight, _, hessian = inputs(3)
+    hessian[0] = torch.nan
+    hessian[1] = 0.0
+    hessian[2, 4, 5] = torch.inf
+    found = factor(hessian)
+    assert found.tries_E.tolist() == [len(DAMPS)] * 3
+    codes, scale = quantize_rtn(weight, 4, G)
+    assert torch.equal(solve(weight, scale, found, 4).codes_ERC, codes)
+
+
+def test_few_tokens_and_dead_columns_zero_no_weight():
+    weight, x, _ = inputs(9)
+    x[:, :, 5] = 0
+    one = x[:, :1]
+    found = factor(one.mT @ one)
+    assert (found.tries_E < len(DAMPS)).all(), "rank one and damping is enough"
+    scale = group_scale(weight, 4, G)
+    back = dequantize(solve(weight, scale, found, 4).codes_ERC, scale, G)
+    assert ((back[..., 5] - weight[..., 5]).abs() <= scale.amax(-1) / 2 + 1e-6).all()
+    assert (back.norm(dim=(1, 2)) > 0.9 * weight.norm(dim=(1, 2))).all()
+
+
+def test_an_indefinite_matrix_gets_more_damping():
+    _, _, hessian = inputs(2, scale=False)
+    values, vectors = torch.linalg.eigh(hessian[1])
+    values[0] = -0.03 * values.mean()
+    hessian[1] = vectors * values @ vectors.mT
+    assert factor(hessian).tries_E.tolist() == [0, 1, 0]
+
+
+def test_the_shrunken_scale_is_the_best_of_eighty():
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    found = group_scale(weight, 3, 16, shrink=True)
+    for row in range(4):
+        for group in range(2):
+            w = weight[row, 16 * group : 16 * group + 16]
+            whole = w.abs().max() / 3.5
+
+            def error(s, w=w):
+                return ((w / s).round().clamp(-4, 3) * s - w).abs().pow(2.4).sum().item()
+
+            assert error(found[row, group]) == pytest.approx(min(error(whole * (1 - i / 100)) for i in range(80)))
