@@ -31,20 +31,24 @@ class Visits:
     """What one pass through the experts leaves behind. S = T*k visits, sorted by expert; padding is among them."""
 
     groups: grouped.Groups
-    output_SD: Tensor
+    output_SD: Tensor | None
     """y, un-gated"""
-    square_S: Tensor
+    square_S: Tensor | None
     """float32, ||y||^2"""
-    largest_S: Tensor
+    largest_S: Tensor | None
     """float32, max |y|"""
+    inner_SF: Tensor | None
+    """h, what the down projection takes"""
 
 
 class FusedLayer:
-    """A decoder layer with its stock modules replaced; `visits` of the latest pass when they are asked for."""
+    """A decoder layer with its stock modules replaced; `visits` of the latest pass when they are asked for: outputs
+    with `keep`, what down projections take with `inner`.
+    """
 
-    def __init__(self, parts: adapter.MoeParts | None, keep: bool) -> None:
+    def __init__(self, parts: adapter.MoeParts | None, keep: bool, inner: bool = False) -> None:
         self.experts = parts.experts if parts is not None and _is_plain(parts.experts) else None
-        self._keep, self._visits = keep, None
+        self._keep, self._inner, self._visits = keep, inner, None
 
     def take(self) -> Visits | None:
         """The latest pass, given away so that its memory can go."""
@@ -59,43 +63,70 @@ class FusedLayer:
         if alias_E is not None:
             index_Tk = alias_E[index_Tk]
         groups = grouped.group(index_Tk, experts.num_experts)
-        y_SD = run_sorted(experts, hidden_TD[groups.slot_S // index_Tk.shape[1]], groups.end_E)
+        inner_SF = inner_sorted(experts, hidden_TD[groups.slot_S // index_Tk.shape[1]], groups.end_E)
+        y_SD = grouped.linear(inner_SF, experts.down_proj, groups.end_E)
         found = grouped.combine(y_SD, groups.place_Tk, weight_Tk, read=self._keep)
-        if self._keep:
-            self._visits = Visits(groups, y_SD, found.square_S, found.largest_S)
+        if self._keep or self._inner:
+            output_SD, kept_SF = y_SD if self._keep else None, inner_SF if self._inner else None
+            self._visits = Visits(groups, output_SD, found.square_S, found.largest_S, kept_SF)
         return found.routed_TD.view(hidden.shape)
 
-    def sum_all(self, hidden_TD: Tensor) -> Tensor:
-        """Sum over tokens of y of every expert, float32 [E, D].
+    def sum_all(self, hidden_TD: Tensor, weight_TE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Sum over tokens of y of every expert, float32 [E, D], and the sum weighted by token and expert.
 
-        The sum is taken before the last product, which is linear: a third of the arithmetic is not needed.
+        Sums are taken before the last product, which is linear: a third of the arithmetic is not needed.
         """
         experts = self.experts
         rows = experts.gate_up_proj.shape[1]
         per_call = max(1, _GATE_UP_BYTES // (len(hidden_TD) * rows * hidden_TD.element_size()))
         sums = []
-        for some, down_EDF in zip(experts.gate_up_proj.split(per_call), experts.down_proj.split(per_call), strict=True):
+        for start, some in enumerate(experts.gate_up_proj.split(per_call)):
+            part = slice(start * per_call, start * per_call + len(some))
             gate_up_TEF = (hidden_TD @ some.flatten(0, 1).T).view(len(hidden_TD), len(some), rows)
-            inner_EF = _gated_sum(experts, gate_up_TEF)
-            sums.append(torch.bmm(down_EDF.float(), inner_EF[..., None])[..., 0])
-        return torch.cat(sums)
+            inner = _gated_sums(experts, gate_up_TEF, None if weight_TE is None else weight_TE[:, part])
+            down_EDF = experts.down_proj[part].float()
+            sums.append([None if i is None else torch.bmm(down_EDF, i[..., None])[..., 0] for i in inner])
+        plain, weighted = zip(*sums, strict=True)
+        return torch.cat(plain), None if weight_TE is None else torch.cat(weighted)
 
 
-def run_sorted(experts: nn.Module, x_SD: Tensor, end_E: Tensor) -> Tensor:
-    """Un-gated y of each row, rows sorted by expert."""
+def inner_sorted(experts: nn.Module, x_SD: Tensor, end_E: Tensor) -> Tensor:
+    """h of each row, rows sorted by expert: what the down projection takes, [S, F]."""
     gate_up = grouped.linear(x_SD, experts.gate_up_proj, end_E)
     del x_SD
-    inner_SF = grouped.silu_gate(gate_up) if _is_silu(experts) else experts._apply_gate(gate_up)
-    del gate_up
-    return grouped.linear(inner_SF, experts.down_proj, end_E)
+    return grouped.silu_gate(gate_up) if _is_silu(experts) else experts._apply_gate(gate_up)
+
+
+def inner_of(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
+    """h of each row by its own expert, [S, F], for every layout of the stock experts modules; rows sorted by expert.
+
+    Rows of an expert after the last are computed by the last.
+    """
+    index_S = expert_S.clamp(max=experts.num_experts - 1)
+    weight_EFD = experts.gate_up_proj.mT if experts.is_transposed else experts.gate_up_proj
+    gate_up = grouped.linear(x_SD, weight_EFD, _ends(index_S, experts.num_experts))
+    if experts.has_bias:
+        gate_up = gate_up + experts.gate_up_proj_bias[index_S]
+    return experts._apply_gate(gate_up)
+
+
+def outputs_of(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
+    """Un-gated y of each row by its own expert, [S, D], for the plain layout; rows sorted by expert."""
+    end_E = _ends(expert_S.clamp(max=experts.num_experts - 1), experts.num_experts)
+    return grouped.linear(inner_sorted(experts, x_SD, end_E), experts.down_proj, end_E)
+
+
+def _ends(expert_S: Tensor, experts: int) -> Tensor:
+    following = torch.arange(1, experts + 1, dtype=torch.int32, device=expert_S.device)
+    return torch.searchsorted(expert_S, following, out_int32=True)
 
 
 @contextmanager
-def fused(layer: nn.Module, parts: adapter.MoeParts | None, keep: bool) -> Iterator[FusedLayer]:
+def fused(layer: nn.Module, parts: adapter.MoeParts | None, keep: bool, inner: bool = False) -> Iterator[FusedLayer]:
     """Run `layer` with faster modules while this lasts. Where none fit, `FusedLayer.experts` is None and nothing
     changes.
     """
-    plan = FusedLayer(parts, keep)
+    plan = FusedLayer(parts, keep, inner)
     with ExitStack() as undo:
         if plan.experts is not None:
             _patch(undo, plan.experts, plan.run)
@@ -144,10 +175,10 @@ def _is_silu(experts: nn.Module) -> bool:
     return stock and type(getattr(experts, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
 
 
-def _gated_sum(experts: nn.Module, gate_up_TEF: Tensor) -> Tensor:
+def _gated_sums(experts: nn.Module, gate_up_TEF: Tensor, weight_TE: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if _is_silu(experts):
-        return grouped.silu_gate_sum(gate_up_TEF)
-    return experts._apply_gate(gate_up_TEF).sum(0, dtype=torch.float32)
+        return grouped.silu_gate_sum(gate_up_TEF, weight_TE)
+    return grouped.sums_over_tokens(experts._apply_gate(gate_up_TEF), weight_TE)
 
 
 # --- norms ----------------------------------------------------------------------------------------

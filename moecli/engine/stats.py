@@ -1,7 +1,7 @@
 """Calibration statistics as values: put together, topped up, compared. Pure functions, nothing is run.
 
-Every statistic is a plain sum or a plain maximum over tokens (`Collector.reduce`), so two artifacts over different
-text of one model are one artifact over both.
+Every statistic combines over any split of the text (`Collector.reduce`), so two artifacts over different text of one
+model are one artifact over both.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from torch import Tensor
 
 from moecli.core.artifacts import CalibrationStats, LayerStats
 from moecli.core.errors import UsageError
-from moecli.engine.collectors import CATALOGUE, Collector
+from moecli.engine.collectors import CATALOGUE, Collector, joined, token_dim
 
 ALWAYS = ("count", "gate_sum")
 """Statistics that every artifact holds."""
-_ROUTED = frozenset({"count", "gate_sum", "ean_sum", "ean_sq", "gean_sum", "gean_sq", "easy", "absmax"})
-_ALL_TOKENS = frozenset({"prob_sum", "y_mean", "logit_gram"})
 
 Starved = Mapping[int, list[int]]
 """Layer -> its experts with too few tokens, ascending; layers without any are left out."""
@@ -39,15 +37,18 @@ def collector_of(name: str) -> type[Collector] | None:
 
 
 def is_per_expert(name: str) -> bool | None:
-    """True when entry i of a statistic depends on the tokens routed to expert i alone, False when on all tokens;
-    None when that is not known (a collector may say it as `routed`).
+    """True when entry i of a statistic depends on the tokens routed to expert i alone, False when on others too; None
+    for what no collector of this version makes.
     """
-    kind = collector_of(name)
-    told = getattr(kind, "routed", None)
-    if told is not None:
-        return bool(told)
-    known = kind.name if kind is not None else name
-    return True if known in _ROUTED else False if known in _ALL_TOKENS else None
+    return getattr(collector_of(name), "routed", None)
+
+
+def channel_variance(stats: LayerStats) -> Tensor:
+    """Variance of each channel of h over the tokens routed to each expert, float64 [E, F]; 0 without tokens. From `h1`
+    and `h2`: E[h^2] - E[h]^2, at least 0.
+    """
+    count_E1 = stats.count_E.clamp(min=1)[:, None]
+    return (stats["h2"] / count_E1 - (stats["h1"] / count_E1).square()).clamp(min=0)
 
 
 # --- starved experts ------------------------------------------------------------------------------
@@ -96,13 +97,23 @@ def merged(first: CalibrationStats, second: CalibrationStats) -> CalibrationStat
 
 
 def _both(first: LayerStats, second: LayerStats) -> LayerStats:
-    found = {name: _joined(name, first[name], second[name]) for name in names_in(first)}
+    owners: dict[type[Collector], list[str]] = {}
+    for name in names_in(first):
+        owners.setdefault(_owner(name), []).append(name)
+    pairs = [(kind, *({n: side[n] for n in names} for side in (first, second))) for kind, names in owners.items()]
+    found = {name: tensor for kind, mine, other in pairs for name, tensor in joined(kind, mine, other).items()}
     return LayerStats(first.tokens + second.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
 
 def _joined(name: str, first: Tensor, second: Tensor) -> Tensor:
+    return joined(_owner(name), {name: first}, {name: second})[name]
+
+
+def _owner(name: str) -> type[Collector]:
     kind = collector_of(name)
-    return torch.maximum(first, second) if kind is not None and kind.reduce == "max" else first + second
+    if kind is None:
+        raise KeyError(name)  # `_differences` and `is_per_expert` have refused it
+    return kind
 
 
 def _differences(first: CalibrationStats, second: CalibrationStats) -> Iterator[str]:
@@ -110,16 +121,17 @@ def _differences(first: CalibrationStats, second: CalibrationStats) -> Iterator[
         mine, other = first.source.get(name), second.source.get(name)
         if mine != other:
             yield f"{words} differ ({_short(mine)} and {_short(other)})"
-    yield from shape_differences(first, second)
+    yield from shape_differences(first, second, of_tokens=False)
     if common := _digests(first.source) & _digests(second.source):
         yield f"both hold the same text (digest {_short(min(common))})"
-    unknown = [name for name in _all_names(first) if getattr(collector_of(name), "reduce", None) not in ("sum", "max")]
-    if unknown:
-        yield f"{_listed(unknown)} is neither a sum nor a maximum that this version knows"
+    if unknown := [name for name in _all_names(first) if collector_of(name) is None]:
+        yield f"{_listed(unknown)} is nothing that this version knows how to merge"
 
 
-def shape_differences(first: CalibrationStats, second: CalibrationStats) -> Iterator[str]:
-    """What keeps two artifacts from being compared entry by entry: layers, statistics, shapes, dtypes."""
+def shape_differences(first: CalibrationStats, second: CalibrationStats, of_tokens: bool = True) -> Iterator[str]:
+    """What keeps two artifacts from being compared entry by entry: layers, statistics, shapes, dtypes. Without
+    `of_tokens` samples and traces may hold different numbers of tokens.
+    """
     if list(first) != list(second):
         yield f"layers differ ({_numbers(first)} and {_numbers(second)})"
     for layer in first.keys() & second.keys():
@@ -128,8 +140,13 @@ def shape_differences(first: CalibrationStats, second: CalibrationStats) -> Iter
             yield f"layer {layer}: only one of them has {_listed(sorted(set(mine) ^ set(other)))}"
         for name in (n for n in mine if n in other):
             a, b = first[layer][name], second[layer][name]
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
+            dim = None if of_tokens else token_dim(name, collector_of(name))
+            if a.dtype != b.dtype or _without(a.shape, dim) != _without(b.shape, dim):
                 yield f"layer {layer}: `{name}` is {_kind(a)} in one, {_kind(b)} in the other"
+
+
+def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:
+    return tuple(size for at, size in enumerate(shape) if at != dim)
 
 
 def _source_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +201,7 @@ def _change(layer: int, name: str, first: LayerStats, second: LayerStats) -> Cha
 def _per_token(name: str, stats: LayerStats) -> Tensor:
     kind = collector_of(name)
     value = stats[name].double()
-    return value if kind is not None and kind.reduce == "max" else value / max(stats.tokens, 1)
+    return value / max(stats.tokens, 1) if kind is None or kind.reduce == "sum" else value
 
 
 def _all_names(stats: CalibrationStats) -> list[str]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -35,10 +36,10 @@ from torch import Tensor, nn
 from moecli.core.artifacts import Checkpoint, LayerStats
 from moecli.core.errors import StageFailed
 from moecli.core.model import ModelFacts
-from moecli.engine.collectors import Collector, Grouped, LayerShape, collectors, needs_of
+from moecli.engine.collectors import CATALOGUE, Collector, Grouped, LayerShape, collectors, needs_of
 from moecli.engine.data import Batch
 from moecli.engine.flow import Flow, Recorder, Replaced, inputs, moved
-from moecli.engine.fused import FusedLayer, fused
+from moecli.engine.fused import FusedLayer, fused, inner_of, outputs_of
 from moecli.engine.loader import Loader
 from moecli.engine.memory import Plan, plan_for, sizes_of
 from moecli.families import adapter
@@ -95,6 +96,7 @@ class Sweep:
         self.notes: list[str] = []
         self._flow = Flow(batches, device, self.plan)
         self._started, self._done = False, 0
+        self._routes: Routes | None = None
 
     def __len__(self) -> int:
         return len(self._names.layers)
@@ -117,9 +119,12 @@ class Sweep:
     def _layer(self, index: int, loader: Loader) -> Iterator[SweptLayer]:
         module = loader.load(index)
         try:
-            layer = SweptLayer(index, module, self._checkpoint.facts, self._flow, lambda: self._halve(index))
+            layer = SweptLayer(
+                index, module, self._checkpoint.facts, self._flow, lambda: self._halve(index), self._routes
+            )
             yield layer
             self._flow.advance(layer.made())
+            self._routes = layer.routes
         finally:
             loader.free(index)
         self._done = index + 1
@@ -212,7 +217,8 @@ class Sweep:
 class SweptLayer:
     """One decoder layer with its weights loaded and its inputs at hand. Valid until the loop goes on.
 
-    `module` is the stock decoder layer, `shape` the sizes of its routed part (None for a dense layer).
+    `module` is the stock decoder layer, `shape` the sizes of its routed part (None for a dense layer), `routes` where
+    its tokens went when it last ran, or those of the MoE layer before.
     """
 
     def __init__(
@@ -222,16 +228,19 @@ class SweptLayer:
         facts: ModelFacts,
         flow: Flow,
         halve: Callable[[], bool],
+        before: Routes | None = None,
     ) -> None:
         self.index, self.module, self._facts = index, module, facts
         self._flow, self._halve = flow, halve
         self._outputs: list[Tensor] | None = None
+        self._before, self.routes = before, before
         self._look()
 
     def _look(self) -> None:
         self.parts = adapter.moe_parts(self.module)
         self.is_moe = self.parts is not None
-        self.shape = _shape(self.parts.experts, self._facts) if self.parts else None
+        before = 0 if self._before is None else self._before.experts
+        self.shape = _shape(self.parts.experts, self._facts, before) if self.parts else None
 
     def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
         """Statistics of all batches through the weights as they are now; counts and gate sums are always
@@ -288,6 +297,7 @@ class SweptLayer:
     def settle(self, outputs: list[Tensor]) -> None:
         """What the layer makes of each micro-batch, on the shelf, made elsewhere with the weights as they are now."""
         self._outputs = outputs
+        self.routes = None if self.is_moe else self._before
 
     def _within_memory(self, work: Callable[[], T]) -> T:
         """Do the work; when the device's memory does not suffice, with half as many sequences at a time."""
@@ -305,8 +315,20 @@ class SweptLayer:
                 )
 
     def _run(self) -> list[Tensor]:
+        outputs, routes = [], []
         with fused(self.module, self.parts, keep=False):
-            return [self._flow.shelf.put(i, self._forward(i)) for i in range(len(self._flow.hidden))]
+            for i in range(len(self._flow.hidden)):
+                with _Probe(self.module, self.parts, frozenset(), self.index) as probe:
+                    outputs.append(self._flow.shelf.put(i, self._forward(i)))
+                if self.is_moe:
+                    routes.append(probe.route(self._flow.run(self.index, i).rows))
+                del probe  # before the next batch: it holds several activations
+        self._went(routes)
+        return outputs
+
+    def _went(self, routes: list[Tensor]) -> None:
+        if self.is_moe:
+            self.routes = Routes(torch.cat(routes), self.shape.experts)
 
     @torch.no_grad()
     def _forward(self, index: int, hidden: Tensor | None = None) -> Tensor:
@@ -320,16 +342,32 @@ class SweptLayer:
         for collector in wanted:
             collector.start(self.shape, self._flow.device)
         needs, tokens, outputs = needs_of(wanted), 0, []
-        with fused(self.module, self.parts, keep="outputs" in needs) as fast:
+        if "before" in needs and self._before is None and self.index != self._facts.moe_layers[0]:
+            raise StageFailed("where the tokens went in the layer before is not known", where=f"layer {self.index}")
+        first, routes = tokens, []
+        with fused(self.module, self.parts, keep="outputs" in needs, inner="inner" in needs) as fast:
             for i in range(len(self._flow.hidden)):
                 with _Probe(self.module, self.parts, needs, self.index) as probe:
                     outputs.append(self._flow.shelf.put(i, self._forward(i)))
-                seen = probe.tokens(self._flow.run(self.index, i).rows, tokens, self.shape, fast)
+                before_Tk = None if self._before is None else self._before.index_Tk[tokens - first :]
+                seen = probe.tokens(self._flow.run(self.index, i).rows, tokens, self.shape, fast, before_Tk)
                 tokens += seen.tokens
+                routes.append(seen.index_Tk.to(torch.int16))
                 _update(wanted, seen)
                 del probe, seen  # before the next batch: they hold several activations
         self._outputs = outputs
+        self._went(routes)
         return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Where the tokens of a layer went."""
+
+    index_Tk: Tensor
+    """int16, stored expert of each slot of every token in the order of the text; -1 is no visit"""
+    experts: int
+    """Stored experts of that layer."""
 
 
 # --- what an observed layer shows -----------------------------------------------------------------
@@ -340,7 +378,7 @@ class _Probe:
     sum, and, when asked for, the router's logits and the residual stream.
     """
 
-    def __init__(self, layer: nn.Module, parts: adapter.MoeParts, needs: frozenset[str], index: int) -> None:
+    def __init__(self, layer: nn.Module, parts: adapter.MoeParts | None, needs: frozenset[str], index: int) -> None:
         self._layer, self._parts, self._needs, self._index = layer, parts, needs, index
         self._norms: list[tuple[Tensor, Tensor]] = []
         self.logits: Tensor | None = None
@@ -348,6 +386,8 @@ class _Probe:
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Probe:
+        if self._parts is None:
+            return self
         experts = self._parts.experts
         self._on(experts.register_forward_hook(self._see_experts, with_kwargs=True))
         if "logits" in self._needs:
@@ -388,26 +428,37 @@ class _Probe:
         taken = next(iter([*args, *kwargs.values()]))
         self.residual = next((before for before, after in self._norms if after is taken), None)
 
-    def tokens(self, rows: Tensor | None, seen: int, shape: LayerShape, fast: FusedLayer) -> Grouped:
-        """The batch's tokens without padding; `seen` tokens came before."""
+    def route(self, rows: Tensor | None) -> Tensor:
+        """int16 [T, k], stored expert of each slot of the batch's tokens without padding."""
+        index = self.index if rows is None else self.index.index_select(0, rows)
+        weight = self.weight if rows is None else self.weight.index_select(0, rows)
+        return _coalesced(self._parts.experts, index, weight)[0].to(torch.int16)
+
+    def tokens(
+        self, rows: Tensor | None, seen: int, shape: LayerShape, fast: FusedLayer, before_Tk: Tensor | None
+    ) -> Grouped:
+        """The batch's tokens without padding; `seen` tokens came before, and `before_Tk` starts with theirs."""
         self._refuse_blind(shape)
         pick = (lambda x: x) if rows is None else (lambda x: x.index_select(0, rows))
         experts = self._parts.experts
-        hidden = pick(self.hidden)
-        index, weight = _coalesced(experts, pick(self.index), pick(self.weight))
+        hidden, choice = pick(self.hidden), pick(self.index)
+        index, weight = _coalesced(experts, choice, pick(self.weight))
         scale = getattr(self._layer, "residual_multiplier", 1.0)
-        coalesced, visits = hasattr(experts, ALIAS_MAP), fast.take()
+        alias_E, visits = getattr(experts, ALIAS_MAP, None), fast.take()
+        run = outputs_of if fast.experts is not None else _run_experts
         return Grouped(
             shape=shape, hidden_TD=hidden, index_Tk=index, weight_Tk=weight,
-            token_T=torch.arange(seen, seen + len(hidden), device=hidden.device),
-            run_experts=lambda x_SD, expert_S: _run_experts(experts, x_SD, expert_S),
-            coalesced=coalesced,
+            token_T=torch.arange(seen, seen + len(hidden)),
+            run_experts=lambda x_SD, expert_S: run(experts, x_SD, expert_S),
+            run_inner=lambda x_SD, expert_S: inner_of(experts, x_SD, expert_S),
+            choice_Tk=choice, alias_E=alias_E,
+            before_Tk=None if before_Tk is None else before_Tk[: len(hidden)],
             logits_TE=None if self.logits is None else pick(self.logits),
             residual_TD=None if self.residual is None else pick(_rows(self.residual)),
             routed_TD=pick(self.routed) if scale == 1 else pick(self.routed) * scale,
             visits=visits,
             place_Tk=None if visits is None else pick(visits.groups.place_Tk),
-            whole=rows is None and not coalesced,
+            whole=rows is None and alias_E is None,
             sum_experts=None if fast.experts is None else fast.sum_all,
         )  # fmt: skip
 
@@ -417,42 +468,54 @@ class _Probe:
             raise StageFailed(
                 f"the router does not show the logits of its {shape.rows} rows",
                 where=where,
-                hint="leave `prob_sum` and `logit_gram` out of `statistics`",
+                hint=f"leave {_reading('logits')} out of `statistics`",
             )
         if "residual" in self._needs and self.residual is None:
             raise StageFailed(
                 "no norm feeds the MoE block, so its input cannot be compared with the stream",
                 where=where,
-                hint="leave `easy` out of `statistics`",
+                hint=f"leave {_reading('residual')} out of `statistics`",
             )
 
 
+def _reading(need: str) -> str:
+    return ", ".join(f"`{name}`" for name, kind in CATALOGUE.items() if need in kind.needs)
+
+
 def _update(wanted: Sequence[Collector], seen: Grouped) -> None:
-    """Chunks are as large as their outputs allow: k of them per token, or all E. Outputs that the layer's own pass left
-    need no chunks.
+    """Chunks are as large as what is made of them allows: k rows per token, or all E. What the layer's own pass left,
+    and sums over tokens that it can take, need no chunks.
     """
-    heavy = [c for c in wanted if "all_experts" in c.needs]
-    light = [c for c in wanted if "all_experts" not in c.needs]
-    slots, experts = seen.index_Tk.shape[1], seen.shape.experts
-    for some, held, outputs_per_token in (
-        (light, seen.visits is not None, slots),
-        (heavy, seen.sum_experts is not None, experts),
-    ):
-        for chunk in _chunks(seen, outputs_per_token, held) if some else ():
+    slots, experts, (hidden, width) = seen.index_Tk.shape[1], seen.shape.experts, (seen.shape.hidden, seen.shape.width)
+    sums = [c for c in wanted if "all_sums" in c.needs]
+    pairs = [c for c in wanted if "all_outputs" in c.needs]
+    light = [c for c in wanted if c not in sums and c not in pairs]
+    whole = seen.visits is not None or needs_of(light).isdisjoint({"outputs", "inner"})
+    if seen.sum_experts is None:
+        sums, pairs = [], [*sums, *pairs]
+    for some, held, values_per_token in (
+        (light, whole, slots * max(hidden, width)), (sums, True, 0), (pairs, False, experts * hidden),
+    ):  # fmt: skip
+        for chunk in _chunks(seen, values_per_token, held) if some else ():
             for collector in some:
                 collector.update(chunk)
 
 
-def _chunks(seen: Grouped, outputs_per_token: int, held: bool) -> Iterator[Grouped]:
+def _chunks(seen: Grouped, values_per_token: int, held: bool) -> Iterator[Grouped]:
     if held:
         yield seen
         return
-    size = max(1, CHUNK_BYTES // (outputs_per_token * seen.hidden_TD.shape[1] * 4))
-    per_token = ("hidden_TD", "index_Tk", "weight_Tk", "token_T", "logits_TE", "residual_TD", "routed_TD")
+    size = max(1, CHUNK_BYTES // (values_per_token * 4))
+    none: dict[str, Any] = {"visits": None, "place_Tk": None, "whole": False, "sum_experts": None}
     for start in range(0, seen.tokens, size):
-        values = {name: getattr(seen, name) for name in per_token}
+        values = {name: getattr(seen, name) for name in _PER_TOKEN}
         cut = {name: v if v is None else v[start : start + size] for name, v in values.items()}
-        yield Grouped(shape=seen.shape, run_experts=seen.run_experts, coalesced=seen.coalesced, **cut)
+        yield replace(seen, **cut, **none)
+
+
+_PER_TOKEN = (
+    "hidden_TD", "index_Tk", "weight_Tk", "token_T", "choice_Tk", "before_Tk", "logits_TE", "residual_TD", "routed_TD",
+)  # fmt: skip
 
 
 def _run_experts(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
@@ -483,10 +546,12 @@ def _rows(value: Tensor) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
-def _shape(experts: nn.Module, facts: ModelFacts) -> LayerShape:
+def _shape(experts: nn.Module, facts: ModelFacts, before: int) -> LayerShape:
     alias_E = getattr(experts, ALIAS_MAP, None)
-    rows = experts.num_experts if alias_E is None else len(alias_E)
-    return LayerShape(experts.num_experts, rows, facts.hidden, facts.score)
+    stored = experts.num_experts
+    rows = stored if alias_E is None else len(alias_E)
+    width = experts.down_proj.numel() // (stored * facts.hidden)
+    return LayerShape(stored, rows, facts.hidden, facts.score, width, facts.top_k, before)
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:

@@ -38,6 +38,23 @@ class Combined(NamedTuple):
     """float32, largest |y|"""
 
 
+class Moments(NamedTuple):
+    """Channel statistics of each expert's visits, [E, N] each; float32 on CUDA, float64 elsewhere. v value, g gate."""
+
+    total: Tensor
+    """sum of v"""
+    absolute: Tensor
+    """sum of |v|"""
+    square: Tensor
+    """sum of v^2"""
+    gated_square: Tensor
+    """sum of (g v)^2"""
+    largest: Tensor
+    """max |v|, 0 without visits"""
+    gated_largest: Tensor
+    """max |g v|, 0 without visits"""
+
+
 def group(index_Tk: Tensor, experts: int) -> Groups:
     """Sort visits by expert; the order of tokens is kept inside an expert."""
     flat = index_Tk.flatten().to(torch.int32)
@@ -62,11 +79,35 @@ def silu_gate(gate_up_SF: Tensor) -> Tensor:
     return functional.silu(gate_SF) * up_SF
 
 
-def silu_gate_sum(gate_up_TEF: Tensor) -> Tensor:
-    """Sum over tokens of silu(gate) * up: [T, E, 2F] -> float32 [E, F]."""
+def silu_gate_sum(gate_up_TEF: Tensor, weight_TE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Sum over tokens of silu(gate) * up: [T, E, 2F] -> float32 [E, F]; and the sum weighted by token and expert."""
     if fast := kernels("grouped", gate_up_TEF):
-        return fast.silu_gate_sum(gate_up_TEF)
-    return silu_gate(gate_up_TEF).sum(0, dtype=torch.float32)
+        return fast.silu_gate_sum(gate_up_TEF, weight_TE)
+    return sums_over_tokens(silu_gate(gate_up_TEF), weight_TE)
+
+
+def sums_over_tokens(value_TEF: Tensor, weight_TE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Sum over tokens, float32 [E, F], and the weighted one."""
+    weighted = None if weight_TE is None else torch.einsum("te,tef->ef", weight_TE, value_TEF.float())
+    return value_TEF.sum(0, dtype=torch.float32), weighted
+
+
+def moments(x: Tensor, row_S: Tensor | None, end_E: Tensor, gate_S: Tensor) -> Moments:
+    """Channel statistics of rows sorted by expert, read once. `row_S` says which row of `x` each visit is, None: its
+    own; rows after the last expert's are ignored.
+    """
+    if fast := kernels("grouped", x):
+        return Moments(*fast.moments(x, row_S, end_E, gate_S))
+    parts, start = [], 0
+    for end in end_E.tolist():
+        v = x[slice(start, end) if row_S is None else row_S[start:end]].double()
+        gv = v * gate_S[start:end, None].double()
+        padded, padded_g = (torch.cat([m.abs(), m.new_zeros(1, m.shape[1])]) for m in (v, gv))
+        parts.append(
+            (v.sum(0), v.abs().sum(0), v.square().sum(0), gv.square().sum(0), padded.amax(0), padded_g.amax(0))
+        )
+        start = end
+    return Moments(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
 
 def combine(y_SD: Tensor, place_Tk: Tensor, weight_Tk: Tensor, read: bool = False) -> Combined:

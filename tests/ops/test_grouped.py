@@ -37,7 +37,9 @@ def test_silu_gate_and_its_sum_over_tokens() -> None:
     both = torch.randn(3, 2, 8)
     wanted = both[..., :4] * torch.sigmoid(both[..., :4]) * both[..., 4:]
     torch.testing.assert_close(grouped.silu_gate(both), wanted)
-    torch.testing.assert_close(grouped.silu_gate_sum(both), wanted.sum(0))
+    weight = torch.rand(3, 2)
+    torch.testing.assert_close(grouped.silu_gate_sum(both), (wanted.sum(0), None))
+    torch.testing.assert_close(grouped.silu_gate_sum(both, weight)[1], (wanted * weight[..., None]).sum(0))
 
 
 def test_turn_is_one_minus_the_cosine() -> None:

@@ -53,32 +53,93 @@ def silu_gate(gate_up_SF: Tensor) -> Tensor:
 
 @triton.jit
 def _silu_gate_sum(
-    source, target, T, E, F: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    source, weight, target, T, E,
+    F: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGH: tl.constexpr,
+):  # fmt: skip
     expert, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = (tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    weighted = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(STEPS):
         row = ((split * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (row < T) & (column < F)
         at = source + (row * E + expert) * (2 * F) + column
         gate = tl.load(at, mask=inside, other=0.0)
         up = tl.load(at + F, mask=inside, other=0.0)
-        total += _gated(gate, up).to(source.dtype.element_ty).to(tl.float32)
+        value = _gated(gate, up).to(source.dtype.element_ty).to(tl.float32)
+        total += value
+        if WEIGH:
+            weighted += value * tl.load(weight + row * E + expert, mask=row < T, other=0.0)
     at = target + (split * E + expert) * F + column
     tl.store(at, tl.sum(total, 0)[None, :], mask=column < F)
+    if WEIGH:
+        splits = tl.num_programs(1)
+        tl.store(at + splits * E * F, tl.sum(weighted, 0)[None, :], mask=column < F)
 
 
-def silu_gate_sum(gate_up_TEF: Tensor) -> Tensor:
+def silu_gate_sum(gate_up_TEF: Tensor, weight_TE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     source = gate_up_TEF.contiguous()
     tokens, experts, width = source.shape[0], source.shape[1], source.shape[2] // 2
-    target = torch.empty(_SPLITS, experts, width, dtype=torch.float32, device=source.device)
+    weigh = weight_TE is not None
+    weight_TE = weight_TE.contiguous() if weigh else None
+    target = torch.empty(1 + weigh, _SPLITS, experts, width, dtype=torch.float32, device=source.device)
     columns = min(256, triton.next_power_of_2(width))
     rows = _TILE // columns
     steps = triton.cdiv(tokens, _SPLITS * rows)
     grid = (experts, _SPLITS, triton.cdiv(width, columns))
-    _silu_gate_sum[grid](source, target, tokens, experts, width, steps, rows, columns, num_warps=8)
-    return target.sum(0)
+    _silu_gate_sum[grid](source, weight_TE, target, tokens, experts, width, steps, rows, columns, weigh, num_warps=8)
+    sums = target.sum(1)
+    return sums[0], sums[1] if weigh else None
+
+
+@triton.jit
+def _moments(
+    x, row, end, gate, target, stride, E,
+    N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    first = tl.load(end + expert - 1, mask=expert > 0, other=0)
+    last = tl.load(end + expert)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    absolute, square, gated = total, total, total
+    largest, gated_largest = total, total
+    for at in range(first, last, ROWS):
+        s = (at + tl.arange(0, ROWS))[:, None]
+        inside = s < last
+        r = s.to(tl.int64)
+        if GATHER:
+            r = tl.load(row + s, mask=inside, other=0)
+        v = tl.load(x + r * stride + column, mask=inside & (column < N), other=0.0).to(tl.float32)
+        g = tl.load(gate + s, mask=inside, other=0.0)
+        size = tl.abs(v)
+        total += v
+        absolute += size
+        square += v * v
+        gated += (g * v) * (g * v)
+        largest = tl.maximum(largest, size)
+        gated_largest = tl.maximum(gated_largest, tl.abs(g) * size)
+    place = target + expert * N + column
+    one = E * N
+    mask = column < N
+    tl.store(place, tl.sum(total, 0)[None, :], mask=mask)
+    tl.store(place + one, tl.sum(absolute, 0)[None, :], mask=mask)
+    tl.store(place + 2 * one, tl.sum(square, 0)[None, :], mask=mask)
+    tl.store(place + 3 * one, tl.sum(gated, 0)[None, :], mask=mask)
+    tl.store(place + 4 * one, tl.max(largest, 0)[None, :], mask=mask)
+    tl.store(place + 5 * one, tl.max(gated_largest, 0)[None, :], mask=mask)
+
+
+def moments(x: Tensor, row_S: Tensor | None, end_E: Tensor, gate_S: Tensor) -> Tensor:
+    x = x.contiguous()
+    width, experts = x.shape[1], len(end_E)
+    target = torch.empty(6, experts, width, dtype=torch.float32, device=x.device)
+    columns = min(128, triton.next_power_of_2(width))
+    grid = (triton.cdiv(width, columns), experts)
+    _moments[grid](
+        x, row_S, end_E, gate_S, target, x.stride(0), experts, width, 16, columns, row_S is not None, num_warps=4
+    )
+    return target
 
 
 @triton.jit
