@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     from moecli.cli.main import run
 
-    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+    code = run(sys.argv[1:] if argv is None else list(argv))
+    if code and "RANK" in os.environ:  # with an exchange that broke off, the interpreter would wait for it to end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

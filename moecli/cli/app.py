@@ -20,6 +20,7 @@ from moecli.core.errors import ExitCode, SurroundingsError, UsageError
 
 if TYPE_CHECKING:
     from moecli.core.stage import Options
+    from moecli.engine.ranks import Ranks
     from moecli.runner.execute import RunResult
     from moecli.runner.open import OpenedRecipe
 
@@ -74,12 +75,13 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run what is not done yet; goes on where an earlier run stopped."""
-    with _work():
+    with _work(), _joined(device) as ranks:
         from moecli.runner.open import open_recipe
 
         opened = open_recipe(recipe, set_ or ())
-        result = _run(opened, _run_dir(recipe, run_dir), until, redo, device, quiet)
-    _print_result(result, json_)
+        result = _run(opened, _run_dir(recipe, run_dir), until, redo, device, quiet or not ranks.leads, ranks)
+    if ranks.leads:
+        _print_result(result, json_)
 
 
 @app.command()
@@ -234,15 +236,16 @@ def evaluate(
     options: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",") if task.strip()]}
     options |= {name: value for name, value in given.items() if value is not None}
     values = {"recipe": 1, "model": model, "seed": seed, "stages": [{"run": "eval/lm-eval", "with": options}]}
-    with _work():
+    with _work(), _joined(device) as ranks:
         from moecli.recipe.schema import from_values
         from moecli.runner import lookup
         from moecli.runner.open import open_loaded
 
         opened = open_loaded(from_values(values, _options_of, lookup.names()))
         folder = Path(run_dir) if run_dir else Path("runs") / f"eval-{Path(model).name}"
-        result = _run(opened, folder, None, None, device, quiet)
-    _print_result(result, json_)
+        result = _run(opened, folder, None, None, device, quiet or not ranks.leads, ranks)
+    if ranks.leads:
+        _print_result(result, json_)
 
 
 @app.command()
@@ -307,17 +310,30 @@ app.add_typer(stats.app)
 
 
 def _run(
-    opened: OpenedRecipe, folder: Path, until: str | None, redo: str | None, device: str | None, quiet: bool
-) -> RunResult:
+    opened: OpenedRecipe, folder: Path, until: str | None, redo: str | None, device: str | None, quiet: bool,
+    ranks: Ranks,
+) -> RunResult:  # fmt: skip
     from moecli.cli.render import progress
     from moecli.runner.execute import run as execute
 
     where, why = _device(device)
     if quiet:
-        return execute(opened, folder, device=where, until=until, redo=redo)
-    _note(f"device {where} ({why}); run folder {folder}")
+        return execute(opened, folder, device=where, until=until, redo=redo, ranks=ranks)
+    several = f", {ranks.size} processes" if ranks.size > 1 else ""
+    _note(f"device {where} ({why}{several}); run folder {folder}")
     with progress(sys.stderr) as listener:
-        return execute(opened, folder, device=where, until=until, redo=redo, listener=listener)
+        return execute(opened, folder, device=where, until=until, redo=redo, listener=listener, ranks=ranks)
+
+
+@contextlib.contextmanager
+def _joined(device: str | None) -> Iterator[Ranks]:
+    """The processes that torchrun started for this run; only the first one says anything."""
+    import torch
+
+    from moecli.engine.ranks import joining
+
+    with joining("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu") as ranks:
+        yield ranks
 
 
 def _device(asked: str | None) -> tuple[str, str]:

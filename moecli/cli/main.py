@@ -24,7 +24,7 @@ import typer
 
 from moecli import __version__
 from moecli.cli import render
-from moecli.core.errors import ExitCode, MoecliError, RecipeError, SurroundingsError, UsageError
+from moecli.core.errors import ExitCode, MoecliError, RecipeError, SaidElsewhere, SurroundingsError, UsageError
 
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -49,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
             code = _invoke(argv)
             sys.stdout.flush()
             return code
+    except SaidElsewhere as error:
+        return int(error.code)
     except MoecliError as error:
         return _show(error, argv)
     except KeyboardInterrupt:

@@ -80,6 +80,13 @@ class SurroundingsError(MoecliError):
     code = ExitCode.SURROUNDINGS
 
 
+class SaidElsewhere(MoecliError):
+    """Another process of this run says what happened; this one ends without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run says what happened")
+
+
 class RecipeError(MoecliError):
     """A recipe with all of its problems, in file order (exit 2)."""
 

@@ -93,6 +93,9 @@ class Stage:
     """Calibration statistics this stage reads, by catalogue name."""
     on_source_too: bool
     """True for evaluations: the runner also runs the stage on the source model, for comparison."""
+    every_rank: bool = False
+    """True when a run in several processes calls the stage in all of them (`engine.ranks`); else the first runs it and
+    the others wait."""
 
     @property
     def kind(self) -> str:
@@ -108,6 +111,7 @@ def stage(
     version: int,
     needs: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = (),
     on_source_too: bool = False,
+    every_rank: bool = False,
 ) -> Callable[[Callable[..., Artifact]], Stage]:
     """Register a function as the stage `name` ("kind/method", also its file's path).
 
@@ -128,7 +132,7 @@ def stage(
             raise TypeError(f"stage `{name}`: it must be annotated to return an Artifact")
         inputs = {p: _input(name, p, hints[p]) for p in parameters[1:-1]}
         wanted = needs if callable(needs) else (lambda _: needs)
-        return Stage(name, version, hints["opt"], inputs, output, run, wanted, on_source_too)
+        return Stage(name, version, hints["opt"], inputs, output, run, wanted, on_source_too, every_rank)
 
     return register
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moecli.engine.data import Batch
 from moecli.engine.memory import Plan, Shelf
+from moecli.engine.ranks import ALONE, Ranks
 
 Arguments = tuple[tuple, dict[str, Any]]
 
@@ -21,14 +22,32 @@ class Run:
 
     arguments: Arguments
     rows: Tensor | None
-    """Rows of [B*S] that are no padding; None when all are."""
+    """Rows of [B*S] that statistics count: no padding, nothing masked; None when all are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Where the batches of this process stand in the whole text. Only tokens that statistics count are counted."""
+
+    ranks: Ranks
+    first: int
+    """Running number of the first token here."""
+    tokens: int
+    """In the whole text, over all ranks."""
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> Text:
+        """`batches` are those of all ranks."""
+        counts = [int(batch.counted.count_nonzero()) for batch in batches]
+        return cls(ranks, sum(counts[: ranks.block(len(counts))[0]]), sum(counts))
 
 
 class Flow:
     """Micro-batches on their way through the layers; `sources` says which batch each is part of."""
 
-    def __init__(self, batches: Sequence[Batch], device: torch.device, plan: Plan) -> None:
+    def __init__(self, batches: Sequence[Batch], device: torch.device, plan: Plan, text: Text | None = None) -> None:
         self.device = device
+        self.text = text or Text.of(batches)
         self.batches: list[Batch] = []
         self.sources: list[int] = []
         self.hidden: list[Tensor] = []
@@ -147,10 +166,9 @@ def inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def _split(batch: Batch, sequences: int) -> list[Batch]:
-    pairs = zip(batch.input_ids.split(sequences), batch.attention_mask.split(sequences), strict=True)
-    return [Batch(ids, mask) for ids, mask in pairs]
+    return [batch.part(start, start + sequences) for start in range(0, len(batch.input_ids), sequences)]
 
 
 def _valid_rows(batch: Batch, device: torch.device) -> Tensor | None:
-    mask = batch.attention_mask.flatten() != 0
+    mask = batch.counted.flatten()
     return None if bool(mask.all()) else mask.nonzero().flatten().to(device)

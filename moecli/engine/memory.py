@@ -85,10 +85,12 @@ def sizes_of(model: Any, facts: ModelFacts, batches: Sequence[Batch]) -> Sizes:
     return Sizes(layer, tokens * hidden * item, length * per_token * item, batch)
 
 
-def plan_for(sizes: Sizes, device: torch.device, sweeps: int = 1) -> Plan:
-    """The plan for what is free now, for one of so many sweeps that run side by side."""
+def plan_for(sizes: Sizes, device: torch.device, sweeps: int = 1, processes: int = 1) -> Plan:
+    """The plan for what is free now, for one of so many sweeps that run side by side in each of so many processes of
+    this machine; each process has a device of its own.
+    """
     on_device = _free_on_device(device) // sweeps if device.type == "cuda" else None
-    return choose(sizes, on_device, _free_in_memory() // sweeps)
+    return choose(sizes, on_device, _free_in_memory() // (sweeps * processes))
 
 
 def choose(sizes: Sizes, on_device: int | None, in_memory: int) -> Plan:

@@ -38,10 +38,11 @@ from moecli.core.errors import StageFailed
 from moecli.core.model import ModelFacts
 from moecli.engine.collectors import CATALOGUE, Collector, Grouped, LayerShape, collectors, needs_of
 from moecli.engine.data import Batch
-from moecli.engine.flow import Flow, Recorder, Replaced, inputs, moved
+from moecli.engine.flow import Flow, Recorder, Replaced, Text, inputs, moved
 from moecli.engine.fused import FusedLayer, fused, inner_of, outputs_of
 from moecli.engine.loader import Loader
 from moecli.engine.memory import Plan, plan_for, sizes_of
+from moecli.engine.ranks import ALONE, Ranks, combined
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP
 
@@ -61,15 +62,18 @@ def sweep(
     track: Track | None = None,
     plan: Plan | None = None,
     sweeps: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Sweep:
     """Iterate over the decoder layers of `checkpoint` while `batches` flow through them.
 
     `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. `plan` overrules the one made from free
     memory, of which each of `sweeps` that run side by side may use its share. SurroundingsError when the checkpoint
     does not fit its own config.
+
+    With several `ranks` each runs its block of the batches, and all observe the statistics of all.
     """
     show = track or (lambda items, label: items)
-    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, sweeps)
+    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, sweeps, ranks)
 
 
 class Sweep:
@@ -87,14 +91,18 @@ class Sweep:
         track: Track,
         plan: Plan | None,
         sweeps: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
+        text = Text.of(batches, ranks)
+        batches = ranks.split(batches)
         checkpoint = adapter.dense(checkpoint)
         self._checkpoint, self._device, self._track = checkpoint, device, track
         self._model = _quiet_routers(adapter.empty_model(checkpoint.config, dtype))
         self._names = adapter.tensor_map(self._model, checkpoint)
-        self.plan = plan or plan_for(sizes_of(self._model, checkpoint.facts, batches), device, sweeps)
+        sizes = sizes_of(self._model, checkpoint.facts, batches)
+        self.plan = plan or plan_for(sizes, device, sweeps, ranks.local_size)
         self.notes: list[str] = []
-        self._flow = Flow(batches, device, self.plan)
+        self._flow = Flow(batches, device, self.plan, text)
         self._started, self._done = False, 0
         self._routes: Routes | None = None
 
@@ -120,7 +128,7 @@ class Sweep:
         module = loader.load(index)
         try:
             layer = SweptLayer(
-                index, module, self._checkpoint.facts, self._flow, lambda: self._halve(index), self._routes
+                index, module, self._checkpoint.facts, self._flow, loader, lambda: self._halve(index), self._routes
             )
             yield layer
             self._flow.advance(layer.made())
@@ -227,11 +235,14 @@ class SweptLayer:
         module: nn.Module,
         facts: ModelFacts,
         flow: Flow,
+        loader: Loader,
         halve: Callable[[], bool],
         before: Routes | None = None,
     ) -> None:
         self.index, self.module, self._facts = index, module, facts
-        self._flow, self._halve = flow, halve
+        self._flow, self._loader, self._halve = flow, loader, halve
+        self.rows: Tensor | None = None
+        """Positions of the tokens in the micro-batch that runs, flat; None: all. For hooks on parts of `module`."""
         self._outputs: list[Tensor] | None = None
         self._before, self.routes = before, before
         self._look()
@@ -254,9 +265,9 @@ class SweptLayer:
             raise StageFailed(f"layer {self.index} has no experts to observe")
         always = {c.name: c for c in collectors(("count", "gate_sum"))}
         wanted = {**always, **{c.name: c for c in some}}
-        tokens = self._within_memory(lambda: self._observe(list(wanted.values())))
-        found = {name: value for c in wanted.values() for name, value in c.result().items()}
-        return LayerStats(tokens, found.pop("count"), found.pop("gate_sum"), found)
+        self._within_memory(lambda: self._observe(list(wanted.values())))
+        found = combined(list(wanted.values()), self._flow.text.ranks, self._flow.device)
+        return LayerStats(self._flow.text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def replace(self, state: Mapping[str, Tensor]) -> None:
         """New values for parameters or buffers, named inside the layer (`mlp.experts.down_proj`); later
@@ -270,6 +281,20 @@ class SweptLayer:
                 raise ValueError(f"`{name}` is {list(slots[name].shape)}, got {list(value.shape)}")
         for name, value in state.items():
             _assign(self.module, name, value.detach().to(slots[name].device, slots[name].dtype))
+        self._outputs = None
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight of this layer by its on-disk name, on the device, as it is now; not to be written to. It is that of
+        the checkpoint where the family stores it in another form than it runs it.
+        """
+        return self._loader.tensor(self.index, name)
+
+    def rewrite(self, values: Mapping[str, Tensor]) -> None:
+        """New values for weights by their on-disk names; later layers see them. Shapes stay as they are.
+
+        All changes of a layer go in one call where the family stores weights in another form than it runs them.
+        """
+        self._loader.put(self.index, values)
         self._outputs = None
 
     def edit(self, change: Callable[[nn.Module], None]) -> None:
@@ -287,6 +312,17 @@ class SweptLayer:
         made = self.made()
         self._flow.shelf.settle()
         return self._flow.joined(made)
+
+    def watch(self, start: Callable[[], None]) -> None:
+        """Run the layer, dense or not, for the hooks that were put on its parts; `start` is called before, and again
+        whenever memory did not suffice and the pass begins anew.
+        """
+
+        def run() -> list[Tensor]:
+            start()
+            return self._run()
+
+        self._outputs = self._within_memory(run)
 
     def made(self) -> list[Tensor]:
         """`outputs`, one for each micro-batch, perhaps still on their way."""
@@ -333,15 +369,17 @@ class SweptLayer:
     @torch.no_grad()
     def _forward(self, index: int, hidden: Tensor | None = None) -> Tensor:
         """What the layer makes of a micro-batch: of its own input, or of `hidden` in its place."""
-        args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)
+        run = self._flow.run(self.index, index)
+        self.rows = run.rows
+        args, kwargs = moved(run.arguments, self._flow.device)
         out = self.module(self._flow.here(index) if hidden is None else hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def _observe(self, wanted: Sequence[Collector]) -> int:
+    def _observe(self, wanted: Sequence[Collector]) -> None:
         for collector in wanted:
             collector.start(self.shape, self._flow.device)
-        needs, tokens, outputs = needs_of(wanted), 0, []
+        needs, tokens, outputs = needs_of(wanted), self._flow.text.first, []
         if "before" in needs and self._before is None and self.index != self._facts.moe_layers[0]:
             raise StageFailed("where the tokens went in the layer before is not known", where=f"layer {self.index}")
         first, routes = tokens, []
@@ -357,7 +395,6 @@ class SweptLayer:
                 del probe, seen  # before the next batch: they hold several activations
         self._outputs = outputs
         self._went(routes)
-        return tokens
 
 
 @dataclass(frozen=True, slots=True)

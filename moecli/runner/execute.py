@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +21,10 @@ from moecli import __version__
 from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, CheckpointWriter
 from moecli.core.errors import StageFailed, SurroundingsError, UsageError
 from moecli.core.stage import Options
+from moecli.engine.ranks import ALONE, Ranks, own_device, together
 from moecli.io.durable import disk_errors
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
-from moecli.io.store import RunFolder, SharedParts, StageFolder
+from moecli.io.store import KEY_DIGITS, RunFolder, SharedParts, StageFolder
 from moecli.runner import lookup
 from moecli.runner.open import OpenedRecipe
 from moecli.runner.plan import SOURCE, Plan, Step, key_of
@@ -111,14 +113,43 @@ class StageContext:
         return OverlayWriter(self.folder.work, parent, config)
 
 
+class FollowerContext(StageContext):
+    """The Context of a stage on a rank that does not write: the first rank keeps the parts and says what there is to
+    say. What reads or writes files of the run is a bug here.
+    """
+
+    def part(self, name: str, kind: type[A], make: Callable[[], A]) -> A:
+        raise _followers_bug(f"part `{name}`")
+
+    has_part = has_shared_part = shared_part = writer = part  # type: ignore[assignment]
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def record(self, name: str, value: Any) -> None:
+        pass
+
+
+def _followers_bug(what: str) -> RuntimeError:
+    return RuntimeError(f"{what} was asked for on a rank that writes nothing; use `told` or `leads`")
+
+
 class Execution:
     """One run of a plan in one folder."""
 
     def __init__(
-        self, opened: OpenedRecipe, run: RunFolder, device: torch.device, listener: Listener | None = None
+        self,
+        opened: OpenedRecipe,
+        run: RunFolder,
+        device: torch.device,
+        listener: Listener | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.plan, self.source, self.origin = opened.plan, opened.source, opened.origin
-        self.run, self.device = run, device
+        self.run, self.device, self.ranks = run, device, ranks
         self._listener = listener
         self.outcomes: dict[int, Outcome] = {}
         self.exported: Mapping[str, Any] = {}
@@ -138,29 +169,37 @@ class Execution:
         step = self.plan.steps[index]
         folder = self.folder(step)
         if folder.complete:
-            self.emit({"event": "stage_cached", "stage": step.label, "key": step.key})
-            outcome = Outcome(step, True, folder.manifest())
+            outcome = self._taken(step, folder)
         else:
-            outcome = Outcome(step, False, self._run(step, folder))
+            with self.alone(step):
+                made = folder.complete  # by another run of the sweep, while this one waited
+                outcome = self._taken(step, folder) if made else Outcome(step, False, self._run(step, folder))
         self.outcomes[index] = outcome
         return outcome
 
+    def _taken(self, step: Step, folder: StageFolder) -> Outcome:
+        self._tell(step, False)
+        self.emit({"event": "stage_cached", "stage": step.label, "key": step.key})
+        return Outcome(step, True, folder.manifest())
+
+    def alone(self, step: Step) -> AbstractContextManager[None]:
+        """Keeps other runs of a sweep from making the same. Calibrations wait for each other: one uses what another
+        has collected."""
+        name = "calibrate" if step.stage.kind == "calibrate" else f"{step.folder_name}-{step.key[:KEY_DIGITS]}"
+
+        def waiting() -> None:
+            self.emit({"event": "note", "stage": step.label, "text": "another run of the sweep is making it; waiting"})
+
+        return self.run.alone(name, waiting)
+
     def _run(self, step: Step, folder: StageFolder) -> dict[str, Any]:
+        self._tell(step, True)
         self.emit({"event": "stage_started", "stage": step.label, "key": step.key})
         folder.begin()
         ctx = StageContext(step, folder, self.device, self.plan.recipe.seed, self.emit, self.run.parts)
-        inputs = {name: self.artifact(i, step.stage.inputs[name].type) for name, i in step.inputs.items()}
-        missing = {name: None for name, wanted in step.stage.inputs.items() if wanted.optional and name not in inputs}
         _reset_peaks(self.device)
         started = time.monotonic()
-        try:
-            artifact = step.stage.run(step.options, **inputs, **missing, ctx=ctx)
-        except StageFailed as error:
-            where = f", {error.where}" if error.where else ""
-            raise StageFailed(f"{step.label} stopped{where}: {error.message}", hint=error.hint) from error
-        except torch.cuda.OutOfMemoryError as error:
-            hint = "lower `batch_size` of this stage, or pass `--device cpu`; finished layers are saved"
-            raise SurroundingsError(f"{step.label} ran out of GPU memory ({error})", hint=hint) from error
+        artifact = self._call(step, ctx)
         if not isinstance(artifact, Checkpoint):
             folder.save(artifact)
         manifest = {
@@ -176,13 +215,45 @@ class Execution:
         self.emit({"event": "stage_finished", "stage": step.label, "seconds": manifest["seconds"]})
         return manifest
 
+    def follow(self, index: int) -> None:
+        """Do this rank's share of a step. The first rank says whether there is any, and when."""
+        step = self.plan.steps[index]
+        if step.stage.every_rank and self.ranks.told(bool):
+            ctx = FollowerContext(
+                step, self.folder(step), self.device, self.plan.recipe.seed, lambda event: None, self.run.parts
+            )
+            self._call(step, ctx)
+
+    def _tell(self, step: Step, runs: bool) -> None:
+        if step.stage.every_rank:
+            self.ranks.told(lambda: runs)
+
+    def _call(self, step: Step, ctx: StageContext) -> Artifact:
+        """The stage itself, with what it fails of in words."""
+        inputs = {name: self.artifact(i, step.stage.inputs[name].type) for name, i in step.inputs.items()}
+        missing = {name: None for name, wanted in step.stage.inputs.items() if wanted.optional and name not in inputs}
+        try:
+            with together(self.ranks if step.stage.every_rank else ALONE):
+                return step.stage.run(step.options, **inputs, **missing, ctx=ctx)
+        except StageFailed as error:
+            where = f", {error.where}" if error.where else ""
+            raise StageFailed(f"{step.label} stopped{where}: {error.message}", hint=error.hint) from error
+        except torch.cuda.OutOfMemoryError as error:
+            hint = "lower `batch_size` of this stage, or pass `--device cpu`; finished layers are saved"
+            raise SurroundingsError(f"{step.label} ran out of GPU memory ({error})", hint=hint) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            hint = "lower `batch_size` or `samples` of this stage; finished layers are saved"
+            raise SurroundingsError(f"{step.label} ran out of memory", hint=hint) from error
+
     def artifact(self, index: int, kind: type[Artifact]) -> Artifact:
         """What a finished step made, read from its folder."""
         if index == SOURCE:
             return self.source
         if self.plan.steps[index].writes_weights:
             return self.checkpoint(index)
-        return self.folder(self.plan.steps[index]).load(self.plan.steps[index].stage.output)
+        return self.folder(self.plan.steps[index]).load(kind)
 
     def checkpoint(self, index: int) -> Checkpoint:
         """The source, or the overlay a weight stage wrote over its own input."""
@@ -191,6 +262,11 @@ class Execution:
         step = self.plan.steps[index]
         parent = next(i for name, i in step.inputs.items() if issubclass(step.stage.inputs[name].type, Checkpoint))
         return OverlayCheckpoint(self.folder(step).path, self.checkpoint(parent))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch says it in a RuntimeError of its allocator."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,22 +281,36 @@ class RunResult:
 
 def run(
     opened: OpenedRecipe, run_dir: Path, *, device: torch.device | str = "cpu",
-    until: str | None = None, redo: str | None = None, listener: Listener | None = None,
+    until: str | None = None, redo: str | None = None, listener: Listener | None = None, store: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:  # fmt: skip
     """Run a plan in `run_dir`. `until` stops after the named stage; `redo` first forgets what every stage of that
-    name made, or the export.
+    name made, or the export. `store` is a folder that keeps the stages of several runs.
 
     Raises SurroundingsError when another run holds the folder or it cannot be written, StageFailed when a stage
     or the verification of `model/` fails; finished work is kept.
+
+    With several `ranks` all of them call this with the same arguments. The first does everything but the shares that
+    stages of `every_rank` give the others; these write nothing and return when it is done.
     """
     plan = opened.plan
     stop = len(plan.steps) if until is None else named_step(plan, until) + 1
+    device = own_device(device)
+    if not ranks.leads:
+        ranks.told(bool)  # the folder is there
+        follower = Execution(opened, RunFolder(run_dir, create=False), device, ranks=ranks)
+        for index in range(stop):
+            follower.follow(index)
+        return RunResult(run_dir, None, None)
     forget = [] if redo is None else forgotten(plan, redo)
     _check_ready(plan.steps[:stop], run_dir, forget)
     folder = RunFolder(run_dir)
     with folder.lock():
-        execution = Execution(opened, folder, torch.device(device), listener)
+        if store is not None:
+            folder.join(store)
+        execution = Execution(opened, folder, device, listener, ranks)
         folder.write_text("recipe.yaml", plan.resolved_recipe())
+        ranks.told(lambda: True)
         for stage_folder in folder.stages():
             if redo == EXPORT and stage_folder.name == EXPORT:
                 stage_folder.remove()
@@ -231,7 +321,8 @@ def run(
         for index in range(stop):
             execution.step(index)
             if index == plan.final:
-                _export(execution)
+                with execution.run.alone(f"export-{plan.key_of(index)[:KEY_DIGITS]}", lambda: None):
+                    _export(execution)
         if stop < len(plan.steps):
             return RunResult(run_dir, None, None)
         return _finish(execution)
@@ -347,17 +438,18 @@ def manifest(execution: Execution) -> dict[str, Any]:
         "peak_cpu_bytes": max((m["peak_cpu_bytes"] for m in ran), default=None),
         "peak_gpu_bytes": max((m["peak_gpu_bytes"] for m in ran if m["peak_gpu_bytes"] is not None), default=None),
     }
-    return {"environment": environment(execution.device), "seed": execution.plan.recipe.seed,
+    return {"environment": environment(execution.device, execution.ranks.size), "seed": execution.plan.recipe.seed,
             "source_key": execution.plan.source_key, "stages": stages, "total": total}  # fmt: skip
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and device of this process."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
+    """Versions and device of this process, and how many of the kind there are."""
     from importlib.metadata import version
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    several = f" x {processes}" if processes > 1 else ""
     return {"moecli": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": version("transformers"), "device": f"{device.type} ({name})"}  # fmt: skip
+            "transformers": version("transformers"), "device": f"{device.type} ({name}){several}"}  # fmt: skip
 
 
 def code_digest(stage_name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,12 +25,26 @@ class Batch:
 
     input_ids: Tensor
     attention_mask: Tensor
+    left_out: Tensor | None = None
+    """bool [B, S], True for tokens that run as all others do and that no statistic counts; None when there are none."""
+
+    @property
+    def counted(self) -> Tensor:
+        """bool [B, S], True for tokens that statistics count."""
+        valid = self.attention_mask != 0
+        return valid if self.left_out is None else valid & ~self.left_out
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Some consecutive sequences."""
+        left_out = None if self.left_out is None else self.left_out[start:stop]
+        return Batch(self.input_ids[start:stop], self.attention_mask[start:stop], left_out)
 
 
-def batches_of(text: CalibrationText, batch_size: int) -> list[Batch]:
-    """Consecutive samples, `batch_size` at a time."""
-    pairs = zip(text.ids.split(batch_size), text.mask.split(batch_size), strict=True)
-    return [Batch(ids, mask) for ids, mask in pairs]
+def batches_of(text: CalibrationText, batch_size: int, leave_out: Collection[int] = ()) -> list[Batch]:
+    """Consecutive samples, `batch_size` at a time; no statistic counts tokens with an id of `leave_out`."""
+    ids = torch.tensor(sorted(leave_out), dtype=torch.int64)
+    whole = Batch(text.ids, text.mask, torch.isin(text.ids, ids) if leave_out else None)
+    return [whole.part(start, start + batch_size) for start in range(0, len(text.ids), batch_size)]
 
 
 def tokenise(

@@ -21,6 +21,7 @@ from moecli.core.stage import Options
 from moecli.engine.data import PRESETS, TextSource, check_there, shares, sources_of, spec_text, tokenise
 from moecli.engine.data import identity as data_identity
 from moecli.engine.data.sources import pinned
+from moecli.families.adapter import load_tokenizer
 from moecli.io.sources import digest_path
 
 
@@ -128,6 +129,11 @@ def text_of(opt: TextOptions, model: Checkpoint, ctx: Context, draw: int = 0) ->
         )  # fmt: skip
 
     return ctx.shared_part(f"tokens-{key}", CalibrationText, make)
+
+
+def special_tokens(model: Checkpoint) -> list[int]:
+    """Ids of the tokens that the model's tokenizer calls special, ascending."""
+    return sorted(load_tokenizer(model).all_special_ids)
 
 
 def key_of(**values: Any) -> str:

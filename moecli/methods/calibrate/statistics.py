@@ -7,6 +7,12 @@ are named: `engine.data`; `packing` may be the rule of a paper's code, which bri
 Each statistic of each layer is kept in the run folder under (model, tokens, dtype, statistic, layer): a recipe that
 asks for one more collects that one. Values of one pass and of several agree within rounding of float64 sums.
 
+In a run of several processes every one runs a block of the batches, and each layer's statistics are put together before
+they are kept: integers are those of one process, sums agree within rounding of float64.
+
+`mask_special_tokens` leaves tokens that the tokenizer calls special (BOS, EOS, chat marks) out of every statistic, the
+number of tokens too. They run with the others: what comes behind them sees them.
+
 `min_tokens_per_expert` says what becomes of an expert with fewer than n tokens: `warn` notes it, `fail` stops. With
 `top_up` up to `draws` further draws of text are run, by the same rule, going on where the last one stopped. Of each
 draw only the entries of experts that are still below n are taken, in statistics over the tokens routed to an expert
@@ -21,8 +27,10 @@ for bit. So sums and counts of a topped-up expert do not compare with its neighb
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
@@ -32,10 +40,11 @@ from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import RunSetting, stage
 from moecli.engine.collectors import CATALOGUE, Collector, collectors
-from moecli.engine.data import batches_of, spec_text
+from moecli.engine.data import Batch, batches_of, spec_text
+from moecli.engine.ranks import Ranks, current
 from moecli.engine.stats import ALWAYS, Starved, is_per_expert, starved_in, topped_up
 from moecli.engine.sweep import SweptLayer, sweep
-from moecli.methods.calibrate import TextOptions, key_of, text_of
+from moecli.methods.calibrate import TextOptions, key_of, special_tokens, text_of
 
 VERSION = 2
 _SHOWN = 8
@@ -62,6 +71,10 @@ class Statistics(TextOptions):
     """What to collect besides counts and gate sums; `auto` is what the stages below need."""
     min_tokens_per_expert: MinTokens | None = None
     """What becomes of experts with fewer tokens than `n`; nothing by default, coverage is reported always."""
+    mask_special_tokens: bool = False
+    """Leave BOS, EOS and the tokenizer's other special tokens out of every statistic. Padding always is."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute in; `auto` is the checkpoint's. Many CPUs are much faster in `float32`."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Sequences per forward pass."""
 
@@ -83,22 +96,32 @@ class Statistics(TextOptions):
                 )  # fmt: skip
 
 
-@stage("calibrate/statistics", version=VERSION)
+@stage("calibrate/statistics", version=VERSION, every_rank=True)
 def statistics(opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationStats:
-    opt.ready()
-    text = text_of(opt, model, ctx, draw=0)
+    """On ranks that do not write, statistics without layers."""
+    text = current().told(lambda: _text(opt, model, ctx))
     layers = _collect(text, opt.statistics, model.facts.moe_layers, opt, model, ctx)
     stats = CalibrationStats(layers, _source(opt, model, text, ctx), text)
     _report_coverage(stats, ctx)
     return _see_to_starved(stats, opt, model, ctx)
 
 
+def _text(opt: Statistics, model: Checkpoint, ctx: Context, draw: int = 0) -> CalibrationText:
+    opt.ready()
+    return text_of(opt, model, ctx, draw)
+
+
 def _source(opt: Statistics, model: Checkpoint, text: CalibrationText, ctx: Context) -> dict[str, Any]:
     return {
         "dataset": spec_text(opt.sources), "samples": opt.samples, "tokens_per_sample": opt.tokens_per_sample,
         "packing": opt.packing, "seed": ctx.seed, "digest": text.digest, "model": ctx.input_keys["model"],
-        "model_type": model.facts.model_type, "dtype": model.facts.dtype,
+        "model_type": model.facts.model_type, "dtype": _dtype(opt, model),
+        **({"mask_special_tokens": True} if opt.mask_special_tokens else {}),
     }  # fmt: skip
+
+
+def _dtype(opt: Statistics, model: Checkpoint) -> str:
+    return model.facts.dtype if opt.dtype == "auto" else opt.dtype
 
 
 def _report_coverage(stats: CalibrationStats, ctx: Context) -> None:
@@ -122,30 +145,45 @@ def _collect(
     model: Checkpoint,
     ctx: Context,
 ) -> dict[int, LayerStats]:
-    """Statistics of these layers: from parts where they are, and one sweep for all that are missing."""
+    """Statistics of these layers: from parts where they are, and one sweep for all that are missing. Only the first rank
+    keeps and reads parts; it tells the others what is missing.
+    """
+    ranks = current()
     wanted = [ALWAYS[0], *(name for name in dict.fromkeys(names) if name not in ALWAYS)]
-    keys = {layer: {name: _part_key(text, model, name, layer, ctx) for name in wanted} for layer in layers}
-    missing = {layer: [n for n in wanted if not ctx.has_shared_part(keys[layer][n])] for layer in layers}
+    keys = {layer: {name: _part_key(text, name, layer, opt, model, ctx) for name in wanted} for layer in layers}
+    missing = ranks.told(lambda: {i: [n for n in wanted if not ctx.has_shared_part(keys[i][n])] for i in layers})
     last = max((layer for layer, some in missing.items() if some), default=None)
     if last is not None:
-        swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track)
+        swept = sweep(
+            model, _batches(text, opt, model, ranks), device=ctx.device, track=ctx.track, ranks=ranks,
+            dtype=None if opt.dtype == "auto" else getattr(torch, opt.dtype),
+        )  # fmt: skip
         for layer in swept:
             if missing.get(layer.index):
                 _observe(layer, missing[layer.index], keys[layer.index], ctx)
             if layer.index == last:
                 break
-        for line in swept.report():
+        for line in dict.fromkeys(line for lines in ranks.gathered(swept.report()) for line in lines):
             ctx.note(line)
-    return {layer: _assembled(layer, keys[layer], ctx) for layer in layers}
+    return {layer: _assembled(layer, keys[layer], ctx) for layer in layers} if ranks.leads else {}
+
+
+def _batches(text: CalibrationText, opt: Statistics, model: Checkpoint, ranks: Ranks) -> list[Batch]:
+    """Whole batches go to a rank, so that each runs as it does in one process; smaller ones when some rank would have
+    none.
+    """
+    size = min(opt.batch_size, -(-len(text.ids) // ranks.size))
+    return batches_of(text, size, special_tokens(model) if opt.mask_special_tokens else ())
 
 
 def _observe(layer: SweptLayer, names: Sequence[str], keys: Mapping[str, str], ctx: Context) -> None:
     """One pass over the layer's tokens for all statistics it lacks; each becomes a part of its own."""
     made = collectors(names)
     found = layer.observe(made)
-    for name, tensors in _by_collector(made, found.extra).items():
-        part = CalibrationStats({layer.index: LayerStats(found.tokens, found.count_E, found.gate_sum_E, tensors)})
-        ctx.shared_part(keys[name], CalibrationStats, lambda part=part: part)
+    if current().leads:
+        for name, tensors in _by_collector(made, found.extra).items():
+            part = CalibrationStats({layer.index: LayerStats(found.tokens, found.count_E, found.gate_sum_E, tensors)})
+            ctx.shared_part(keys[name], CalibrationStats, lambda part=part: part)
 
 
 def _by_collector(made: Sequence[Collector], extra: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -170,10 +208,10 @@ def _not_there() -> CalibrationStats:
     raise RuntimeError("a part went missing while the stage ran")
 
 
-def _part_key(text: CalibrationText, model: Checkpoint, name: str, layer: int, ctx: Context) -> str:
+def _part_key(text: CalibrationText, name: str, layer: int, opt: Statistics, model: Checkpoint, ctx: Context) -> str:
     key = key_of(
-        version=VERSION, model=ctx.input_keys["model"], text=text.digest, seed=ctx.seed, dtype=model.facts.dtype,
-        statistic=name, layer=layer,
+        version=VERSION, model=ctx.input_keys["model"], text=text.digest, seed=ctx.seed, dtype=_dtype(opt, model),
+        statistic=name, layer=layer, masked=special_tokens(model) if opt.mask_special_tokens else [],
     )  # fmt: skip
     return f"statistic-{name}-{layer:03d}-{key}"
 
@@ -183,47 +221,64 @@ def _part_key(text: CalibrationText, model: Checkpoint, name: str, layer: int, c
 
 def _see_to_starved(stats: CalibrationStats, opt: Statistics, model: Checkpoint, ctx: Context) -> CalibrationStats:
     floor = opt.min_tokens_per_expert
-    starved = starved_in(stats, floor.n) if floor is not None else {}
+    if floor is None:
+        return stats
+    starved = current().told(lambda: starved_in(stats, floor.n))
     if not starved:
         return stats
-    said = f"{_many(starved)} of {_experts(stats)} experts got fewer than {floor.n} tokens"
-    if floor.action == "fail":
-        raise StageFailed(f"{said}: {_named(stats, starved)}", hint="raise `samples`, or write `action: top_up`")
-    if floor.action == "warn":
-        ctx.note(f"{said}: {_named(stats, starved)}")
-        return stats
-    return _top_up(stats, starved, said, opt, model, ctx)
+    if floor.action == "top_up":
+        return _top_up(stats, starved, opt, model, ctx)
+    if current().leads:
+        said = f"{_too_few(stats, starved, floor)}: {_named(stats, starved)}"
+        if floor.action == "fail":
+            raise StageFailed(said, hint="raise `samples`, or write `action: top_up`")
+        ctx.note(said)
+    return stats
 
 
 def _top_up(
-    stats: CalibrationStats, starved: Starved, said: str, opt: Statistics, model: Checkpoint, ctx: Context
+    stats: CalibrationStats, starved: Starved, opt: Statistics, model: Checkpoint, ctx: Context
 ) -> CalibrationStats:
-    floor, first, before = opt.min_tokens_per_expert, starved, stats
+    floor, first, before, ranks = opt.min_tokens_per_expert, starved, stats, current()
     names = [name for name in opt.statistics if is_per_expert(name)]
     samples, draw = 0, 0
     while starved and draw < floor.draws:
         draw += 1
-        text = text_of(opt, model, ctx, draw)
+        text = ranks.told(partial(_text, opt, model, ctx, draw))
         if len(text.ids) == 0:
             break
         samples += len(text.ids)
-        stats = topped_up(stats, _collect(text, names, starved, opt, model, ctx), starved)
-        starved = starved_in(stats, floor.n)
+        more = _collect(text, names, starved, opt, model, ctx)
+        if ranks.leads:
+            stats = topped_up(stats, more, starved)
+        starved = ranks.told(partial(starved_in, stats, floor.n))
+    if ranks.leads:
+        _say_topped_up(before, stats, first, starved, names, samples, opt, ctx)
+    source = stats.source | {"top_up": f"{_many(first)} experts, {samples} further samples"}
+    return CalibrationStats(dict(stats), source, stats.text)
+
+
+def _say_topped_up(
+    before: CalibrationStats, after: CalibrationStats, first: Starved, still: Starved, names: Sequence[str],
+    samples: int, opt: Statistics, ctx: Context,
+) -> None:  # fmt: skip
     change = {
-        str(layer): {str(e): [int(before[layer].count_E[e]), int(stats[layer].count_E[e])] for e in experts}
+        str(layer): {str(e): [int(before[layer].count_E[e]), int(after[layer].count_E[e])] for e in experts}
         for layer, experts in first.items()
     }
     ctx.record("top_up", change)
     kept = [name for name in opt.statistics if not is_per_expert(name)]
-    left = f"; still below: {_named(stats, starved)}" if starved else ""
+    left = f"; still below: {_named(after, still)}" if still else ""
     same = f"; {', '.join(f'`{name}`' for name in kept)} stay those of the first draw" if kept else ""
     ctx.note(
-        f"{said}; {samples} further samples were run, and only these experts' entries of "
-        f"{', '.join(f'`{name}`' for name in [*ALWAYS, *names])} take part in them: "
+        f"{_too_few(before, first, opt.min_tokens_per_expert)}; {samples} further samples were run, and only these "
+        f"experts' entries of {', '.join(f'`{name}`' for name in [*ALWAYS, *names])} take part in them: "
         f"compare their means, not their sums{same}{left}"
     )
-    source = stats.source | {"top_up": f"{_many(first)} experts, {samples} further samples"}
-    return CalibrationStats(dict(stats), source, stats.text)
+
+
+def _too_few(stats: CalibrationStats, starved: Starved, floor: MinTokens) -> str:
+    return f"{_many(starved)} of {_experts(stats)} experts got fewer than {floor.n} tokens"
 
 
 def _named(stats: CalibrationStats, starved: Starved) -> str:
