@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from moecli.ops import grouped
+from moecli.ops import gram, grouped
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,9 @@ def compare(fast: ModuleType, dtype: torch.dtype, device: str, tokens: int = 37,
     twin = _on_cpu
     torch.testing.assert_close(fast.silu_gate(gate_up), twin(grouped.silu_gate, gate_up), **near)
     rough = {"rtol": 1e-2, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(fast.silu_gate_sum(gate_up), twin(grouped.silu_gate_sum, gate_up), **rough)
+    part = torch.rand(tokens, 5, generator=torch.Generator().manual_seed(7)).to(device)
+    for args in ((gate_up,), (gate_up, part)):
+        torch.testing.assert_close(fast.silu_gate_sum(*args), twin(grouped.silu_gate_sum, *args), **rough)
     index = torch.randint(0, 5, (tokens, 3), generator=torch.Generator().manual_seed(3))
     place = grouped.group(index, 5).place_Tk.to(device)
     y = draw(tokens * 3, width, dtype=dtype, device=device, seed=1)
@@ -33,12 +35,48 @@ def compare(fast: ModuleType, dtype: torch.dtype, device: str, tokens: int = 37,
                 assert (found is None) == (wanted is None)
                 if found is not None:
                     torch.testing.assert_close(found, wanted, **near)
+    compare_moments(fast, dtype, device, tokens, width)
     before, added = (draw(tokens, width, dtype=dtype, device=device, seed=s) for s in (4, 5))
     torch.testing.assert_close(fast.turn(before, added), twin(grouped.turn, before, added), rtol=1e-4, atol=1e-6)
     weight = draw(width, dtype=dtype, device=device, seed=6)
     for early in (True, False):
         args = (gate_up[..., :width], weight, 1e-6, early)
         torch.testing.assert_close(fast.rms_norm(*args), twin(grouped.rms_norm, *args), **near)
+
+
+def compare_moments(fast: ModuleType, dtype: torch.dtype, device: str, tokens: int = 37, width: int = 72) -> None:
+    """Channel statistics of experts, one of them without tokens, with rows of their own and gathered ones."""
+    x, row_S, end_E, gate_S = visits(dtype, device, tokens, width)
+    for rows, values in ((row_S, x), (None, x[row_S])):
+        found = grouped.Moments(*fast.moments(values, rows, end_E, gate_S))
+        wanted = _on_cpu(grouped.moments, values, rows, end_E, gate_S)
+        for name, mine, other in zip(grouped.Moments._fields, found, wanted, strict=True):
+            torch.testing.assert_close(
+                mine.double(), other.double(), rtol=1e-5, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def compare_gram(fast: ModuleType, dtype: torch.dtype, device: str, tokens: int = 37, width: int = 72) -> None:
+    """Upper triangles, with and without weights, added to what is there; bf16 weights are of two parts."""
+    x, row_S, end_E, gate_S = visits(dtype, device, tokens, width)
+    for rows, values in ((row_S, x), (None, x[row_S])):
+        for weight_S in (None, gate_S):
+            found = draw(5, width, width, dtype=torch.float32, device=device, seed=9)
+            wanted = found.clone().double().cpu()
+            fast.add(found, values, rows, end_E, weight_S)
+            gram.add(wanted, *(v if v is None else v.cpu() for v in (values, rows, end_E, weight_S)))
+            size = float(wanted.abs().max())
+            torch.testing.assert_close(found.triu().cpu().double(), wanted.triu(), rtol=1e-4, atol=2e-5 * size)
+
+
+def visits(dtype: torch.dtype, device: str, tokens: int, width: int) -> tuple[torch.Tensor, ...]:
+    """x, row of each visit, ends of five experts and gates: expert 2 has no token, the last visits are nobody's."""
+    source = torch.Generator().manual_seed(8)
+    count = 2 * tokens
+    end = torch.tensor([tokens // 2, tokens, tokens, count - 9, count - 4], dtype=torch.int32)
+    rows = torch.randint(0, tokens, (count,), generator=source)
+    gates = torch.rand(count, generator=source)
+    return draw(tokens, width, dtype=dtype, device=device), rows.to(device), end.to(device), gates.to(device)
 
 
 def _on_cpu(function: object, *args: object) -> object:
