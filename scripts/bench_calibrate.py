@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moecli.engine.collectors import CATALOGUE, collectors
+from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
 from moecli.engine.sweep import SweptLayer, sweep
 from moecli.families import facts_of
 from moecli.io.reader import FolderCheckpoint
 
 ALL_EXPERTS = ("y_mean",)
-LIGHT = [name for name in CATALOGUE if name not in ALL_EXPERTS]
+LIGHT = [name for name in FORWARD if name not in ALL_EXPERTS]
 ROUTED = "forward + all statistics of routed tokens"
 
 

@@ -9,7 +9,8 @@
 
 The loss is the next-token cross entropy of the model in eval mode, in natural logarithms, summed over all positions
 whose next token exists and is no padding: summed, so that it does not matter what is in one batch, and no auxiliary
-router loss. Gradients are those of activations; weights get none.
+router loss. Tokens that statistics leave out are part of the loss all the same. Gradients are those of activations;
+weights get none.
 
 The hidden states before every layer are kept: on the device while there is room, then in page-locked CPU memory, then
 in mapped files. On the way back each layer runs again with grad, one micro-batch at a time, so a graph holds one
@@ -37,7 +38,7 @@ from moecli.core.errors import StageFailed, UsageError
 from moecli.core.model import ModelFacts
 from moecli.engine.collectors import Collector, Grouped, collectors
 from moecli.engine.data import Batch
-from moecli.engine.flow import Flow, Recorder, Replaced, moved
+from moecli.engine.flow import Flow, moved
 from moecli.engine.loader import Loader
 from moecli.engine.memory import (
     DEVICE_SHARE,
@@ -51,6 +52,7 @@ from moecli.engine.memory import (
     sizes_of,
 )
 from moecli.engine.pullback import Routed, differentiable
+from moecli.engine.ranks import ALONE, Ranks, combined
 from moecli.engine.sweep import Sweep, SweptLayer, Track, _shape
 from moecli.families import adapter
 
@@ -78,6 +80,7 @@ def backward_sweep(
     track: Track | None = None,
     plan: Plan | None = None,
     room: Room | None = None,
+    ranks: Ranks = ALONE,
 ) -> BackwardSweep:
     """A sweep that can go back. Arguments are those of `engine.sweep.sweep`; `plan` and `room` overrule what is made
     from free memory.
@@ -85,7 +88,7 @@ def backward_sweep(
     UsageError for float16, SurroundingsError when the checkpoint does not fit its own config.
     """
     show = track or (lambda items, label: items)
-    return BackwardSweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, room)
+    return BackwardSweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, room, ranks)
 
 
 class BackwardSweep(Sweep):
@@ -95,7 +98,7 @@ class BackwardSweep(Sweep):
     """
 
     loss: float
-    """Cross entropy in nats, summed over `targets` tokens."""
+    """Cross entropy in nats, summed over `targets` tokens of all ranks."""
     targets: int
 
     def __init__(
@@ -107,15 +110,19 @@ class BackwardSweep(Sweep):
         track: Track,
         plan: Plan | None,
         room: Room | None,
+        ranks: Ranks,
     ) -> None:
-        super().__init__(checkpoint, batches, device, dtype, track, plan or Plan("memory", 1, False, 0))
+        super().__init__(checkpoint, batches, device, dtype, track, plan or Plan("memory", 1, False, 0), ranks=ranks)
         if self._model.dtype == torch.float16:
             raise UsageError("gradients leave the range of float16", hint="set `model` to a bfloat16 copy of it")
+        text, batches = self._flow.text, ranks.split(batches)
         sizes = sizes_of(self._model, self._checkpoint.facts, batches)
-        self.plan = plan or plan_for(replace(sizes, sequence=GRAPH_FACTOR * sizes.sequence), device)
-        self._flow = Flow(batches, device, self.plan)
+        with_graph = replace(sizes, sequence=GRAPH_FACTOR * sizes.sequence)
+        self.plan = plan or plan_for(with_graph, device, processes=ranks.local_size)
         self._flow.shelf.close()
-        self._flow.shelf = self._kept = Kept(device, room or room_for(sizes, self.plan, device))
+        self._flow = Flow(batches, device, self.plan, text)
+        self._flow.shelf.close()
+        self._flow.shelf = self._kept = Kept(device, room or room_for(with_graph, self.plan, device, ranks.local_size))
         self._states: list[list[Tensor]] = []
 
     def _layer(self, index: int, loader: Loader) -> Iterator[SweptLayer]:
@@ -194,7 +201,9 @@ class BackwardSweep(Sweep):
             adapter.free_outside(self._model, self._names)
         del final
         self._flow.advance(made)
-        self.loss = float(total)
+        both = torch.stack([total, torch.tensor(float(self.targets), dtype=torch.float64, device=total.device)])
+        self._flow.text.ranks.combine([(both, "sum")])
+        self.loss, self.targets = float(both[0]), int(both[1])
         if not math.isfinite(self.loss):
             raise StageFailed(
                 "the loss on the calibration text is not a number", hint="check the model with `moecli verify`"
@@ -217,14 +226,6 @@ class BackwardSweep(Sweep):
                 total += loss.detach()
         return total, slope
 
-    def _logits_of(self, hidden_SD: Tensor) -> Tensor:
-        """Final norm and head of the whole model on some tokens: both treat every token alone."""
-        recorders = [Recorder(layer) for layer in adapter.decoder_layers(self._model)[1]]
-        recorders[-1].answer = hidden_SD[None]
-        ids = torch.zeros(1, len(hidden_SD), dtype=torch.int64, device=hidden_SD.device)
-        with Replaced(self._model, self._names.prefix, recorders):
-            return self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-
 
 class BackLayer:
     """One decoder layer on the way back, with its weights, what it was fed, and the gradient of what it made. Valid
@@ -244,7 +245,7 @@ class BackLayer:
         self._flow, self._states, self._halve = flow, states, halve
         self.parts = adapter.moe_parts(module)
         self.is_moe = self.parts is not None
-        self.shape = _shape(self.parts.experts, facts) if self.parts else None
+        self.shape = _shape(self.parts.experts, facts, 0) if self.parts else None
         self._made: list[Tensor] | None = None
 
     def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
@@ -256,9 +257,10 @@ class BackLayer:
             raise StageFailed(f"layer {self.index} has no experts to observe")
         always = collectors(("count", "gate_sum"))
         wanted = {c.name: c for c in some if c.name not in ("count", "gate_sum")}
-        tokens = self._within_memory(lambda: self._run(always, list(wanted.values())))
-        found = {name: value for c in (*always, *wanted.values()) for name, value in c.result().items()}
-        return LayerStats(tokens, found.pop("count"), found.pop("gate_sum"), found)
+        self._within_memory(lambda: self._run(always, list(wanted.values())))
+        text = self._flow.text
+        found = combined([*always, *wanted.values()], text.ranks, self._flow.device)
+        return LayerStats(text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def output_grads(self) -> list[Tensor]:
         """dl/d(output of the layer) of each batch, [B, S, D], where it waits; 0 on padding. Its square is what
@@ -280,12 +282,13 @@ class BackLayer:
         assert self._made is not None
         return self._made
 
-    def _within_memory(self, work: Callable[[], int]) -> int:
+    def _within_memory(self, work: Callable[[], None]) -> None:
         """As `SweptLayer` does: begin again with half as many sequences when the device's memory does not suffice."""
         while True:
             self._made = None
             try:
-                return work()
+                work()
+                return
             except torch.OutOfMemoryError:
                 pass  # what the failed pass holds is free only after this clause
             if not self._halve():
@@ -295,17 +298,16 @@ class BackLayer:
                     hint="lower `tokens_per_sample`, or use a device with more memory",
                 )
 
-    def _run(self, always: Sequence[Collector], wanted: Sequence[Collector]) -> int:
+    def _run(self, always: Sequence[Collector], wanted: Sequence[Collector]) -> None:
         for collector in (*always, *wanted):
             collector.start(self.shape, self._flow.device)
-        tokens, made = 0, []
+        seen, made = self._flow.text.first, []
         with differentiable(self.module, self.parts, keep=bool(wanted)) as routed:
             for i, state in enumerate(self._states()):
                 made.append(self._flow.shelf.put(i, self._pull(i, state)))
                 if always and routed is not None:
-                    tokens += self._update(always, wanted, routed, i, tokens)
+                    seen += self._update(always, wanted, routed, self._flow.run(self.index, i).rows, seen)
         self._made = made
-        return tokens
 
     def _pull(self, index: int, state: Tensor) -> Tensor:
         args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)
@@ -317,21 +319,18 @@ class BackLayer:
 
     @torch.no_grad()
     def _update(
-        self, always: Sequence[Collector], wanted: Sequence[Collector], routed: Routed, index: int, seen: int
+        self, always: Sequence[Collector], wanted: Sequence[Collector], routed: Routed, rows: Tensor | None, seen: int
     ) -> int:
-        """Feed the collectors; returns the tokens without padding."""
+        """Feed the collectors with tokens that statistics count (`rows`; None: all); returns their number."""
         if wanted:
             pulled = routed.take()
+            pulled = pulled if rows is None else pulled.only(rows)
             for collector in wanted:
                 collector.update(pulled)
-        rows = self._flow.run(self.index, index).rows
-        hidden, chosen, weight = routed.seen if rows is None else (x.index_select(0, rows) for x in routed.seen)
-        first_Tk = (chosen[:, :, None] == chosen[:, None, :]).int().argmax(-1)
-        slot_k = torch.arange(chosen.shape[1], device=chosen.device)
+        hidden, choice, index, weight = (x if rows is None else x.index_select(0, rows) for x in routed.seen)
         some = Grouped(
-            shape=self.shape, hidden_TD=hidden, weight_Tk=weight, coalesced=True,
-            index_Tk=chosen.where(first_Tk == slot_k, chosen.new_tensor(-1)),
-            token_T=torch.arange(seen, seen + len(hidden), device=hidden.device), run_experts=_none,
+            shape=self.shape, hidden_TD=hidden, index_Tk=index, weight_Tk=weight, choice_Tk=choice,
+            alias_E=routed.alias_E, token_T=torch.arange(seen, seen + len(hidden)), run_experts=_none, run_inner=_none,
         )  # fmt: skip
         for collector in always:
             collector.update(some)
@@ -353,16 +352,16 @@ def next_tokens(batch: Batch) -> Tensor:
 # --- hidden states between the layers -------------------------------------------------------------
 
 
-def room_for(sizes: Sizes, plan: Plan, device: torch.device) -> Room:
+def room_for(sizes: Sizes, plan: Plan, device: torch.device, processes: int) -> Room:
     """What is left of the memory that is free now, beside the layers, one micro-batch with its graph and the gradients
-    that `plan` holds.
+    that `plan` holds. CPU memory is shared by so many processes.
     """
-    memory = int(HOST_SHARE * _free_in_memory())
+    memory = int(HOST_SHARE * _free_in_memory()) // processes
     memory -= 2 * sizes.states if plan.home in ("memory", "pinned") else 0
     if device.type != "cuda":
         return Room(0, max(0, memory))
     room = int(DEVICE_SHARE * _free_on_device(device))
-    room -= (2 if plan.ahead else 1) * sizes.layer + min(sizes.batch, plan.sequences) * GRAPH_FACTOR * sizes.sequence
+    room -= (2 if plan.ahead else 1) * sizes.layer + plan.sequences * sizes.sequence
     room -= 3 * HEAD_BYTES + (2 * sizes.states if plan.home == "device" else 0)
     return Room(max(0, room), max(0, memory))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ from moecli.ops import gradients, grouped
 @dataclass(frozen=True, eq=False)
 class Pulled:
     """What the way back through the experts leaves of some tokens. S visits sorted by expert, padding among them, whose
-    gradients are 0. F expert width.
+    gradients are 0; F expert width.
     """
 
     groups: grouped.Groups
@@ -38,6 +38,12 @@ class Pulled:
     inner_grad_SF: Tensor
     """dl/dh, in the model's dtype"""
 
+    def only(self, rows: Tensor) -> Pulled:
+        """The gradients of all tokens but these rows of [T] set to 0."""
+        tokens, slots = self.groups.place_Tk.shape
+        kept_T = torch.zeros(tokens, dtype=self.inner_grad_SF.dtype, device=rows.device).index_fill_(0, rows, 1)
+        return replace(self, inner_grad_SF=self.inner_grad_SF * kept_T[self.groups.slot_S // slots, None])
+
     @cached_property
     def sums(self) -> gradients.ChannelSums:
         """float64 [E, F] sums over each expert's visits"""
@@ -45,23 +51,27 @@ class Pulled:
 
 
 class Routed:
-    """The experts of one layer while they are differentiable. `seen` is what the latest way there was given, `pulled`
-    what the latest way back found.
+    """The experts of one layer while they are differentiable. `seen` is what the latest way there was given: hidden
+    [T, D], router rows, stored experts (-1 where an alias made the slot part of an earlier one) and weights [T, k].
+    `pulled` is what the latest way back found.
     """
 
     def __init__(self, experts: nn.Module, keep: bool) -> None:
         self._experts, self._keep = experts, keep
-        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self.seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.alias_E: Tensor | None = None
         self.pulled: Pulled | None = None
         self._grouped = fused.suits(experts.gate_up_proj) and all(n % 8 == 0 for n in experts.down_proj.shape[1:])
 
     def run(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Stands for the forward of the experts module."""
         hidden_TD, index_Tk, weight_Tk = (x.reshape(-1, x.shape[-1]) for x in (hidden, index, weight))
-        alias_E = getattr(self._experts, ALIAS_MAP, None)
-        if alias_E is not None:
-            index_Tk, weight_Tk = _one_visit_each(alias_E[index_Tk], weight_Tk)
-        self.seen = hidden_TD.detach(), index_Tk, weight_Tk.detach()
+        self.alias_E = getattr(self._experts, ALIAS_MAP, None)
+        choice_Tk = counted_Tk = index_Tk
+        if self.alias_E is not None:
+            index_Tk = self.alias_E[choice_Tk]
+            counted_Tk, weight_Tk = _one_visit_each(index_Tk, weight_Tk)
+        self.seen = hidden_TD.detach(), choice_Tk, counted_Tk, weight_Tk.detach()
         routed_TD = _Pass.apply(hidden_TD, weight_Tk, grouped.group(index_Tk, self._experts.num_experts), self)
         return routed_TD.view(hidden.shape)
 
@@ -193,8 +203,11 @@ def _refuse_unusual(experts: nn.Module) -> None:
 
 
 def _one_visit_each(index_Tk: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots of a token that an alias map sends to one expert: the first gets the sum of their weights, the others 0, so
-    that their gradients of h are 0.
+    """Slots of a token that an alias map sends to one expert: the first gets the sum of their weights, the others -1
+    and 0, so that their gradients of h are 0.
     """
     first_Tk = (index_Tk[:, :, None] == index_Tk[:, None, :]).int().argmax(-1)
-    return index_Tk, torch.zeros_like(weight_Tk).scatter_add(1, first_Tk, weight_Tk)
+    own_Tk = first_Tk == torch.arange(index_Tk.shape[1], device=index_Tk.device)
+    return index_Tk.where(own_Tk, index_Tk.new_tensor(-1)), torch.zeros_like(weight_Tk).scatter_add(
+        1, first_Tk, weight_Tk
+    )

@@ -173,11 +173,10 @@ class Sweep:
             raise RuntimeError(f"{self._done} of {len(self)} layers have run; logits need all")
         adapter.load_outside(self._model, self._checkpoint, self._names, self._device)
         try:
-            yield self._logits_of
+            yield torch.no_grad()(self._logits_of)
         finally:
             adapter.free_outside(self._model, self._names)
 
-    @torch.no_grad()
     def _logits_of(self, hidden_ND: Tensor) -> Tensor:
         recorders = [Recorder(layer) for layer in adapter.decoder_layers(self._model)[1]]
         recorders[-1].answer = hidden_ND[None]
@@ -266,7 +265,7 @@ class SweptLayer:
         always = {c.name: c for c in collectors(("count", "gate_sum"))}
         wanted = {**always, **{c.name: c for c in some}}
         self._within_memory(lambda: self._observe(list(wanted.values())))
-        found = combined(list(wanted.values()), self._flow.text.ranks, self._flow.device)
+        found = combined(list(wanted.values()), self._flow.text.ranks)
         return LayerStats(self._flow.text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def replace(self, state: Mapping[str, Tensor]) -> None:

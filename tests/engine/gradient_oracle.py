@@ -17,8 +17,12 @@ from moecli.families import family_of
 SUMS = ("count", "gate_sum", "h2", "gh2", "hgh", "hgh2")
 
 
-def statistics(model: Any, source: Checkpoint, batches: Sequence[Batch]) -> tuple[float, dict[int, dict[str, Tensor]]]:
-    """Summed loss, and {MoE layer: {name: sum}} over tokens that are no padding. `model` is changed."""
+def statistics(
+    model: Any, source: Checkpoint, batches: Sequence[Batch], left_out: Tensor | None = None
+) -> tuple[float, dict[int, dict[str, Tensor]]]:
+    """Summed loss, and {MoE layer: {name: sum}} over tokens that are no padding, but for those `left_out` [B, S].
+    `model` is changed.
+    """
     family, facts = family_of(source.config), source.facts
     plain = {layer: _Plain(model, family, source, layer) for layer in facts.moe_layers}
     total = {layer: {name: _zeros(name, facts) for name in SUMS} for layer in plain}
@@ -28,7 +32,8 @@ def statistics(model: Any, source: Checkpoint, batches: Sequence[Batch]) -> tupl
         loss.backward()
         loss_of_all += float(loss.detach())
         for layer, experts in plain.items():
-            experts.add_to(total[layer], batch.attention_mask.flatten().tolist())
+            counted = batch.attention_mask if left_out is None else batch.attention_mask.masked_fill(left_out, 0)
+            experts.add_to(total[layer], counted.flatten().tolist())
     return loss_of_all, total
 
 

@@ -12,8 +12,8 @@ import torch
 from moecli.core.errors import StageFailed, UsageError
 from moecli.engine import backward as module
 from moecli.engine.backward import Room, backward_sweep, next_tokens
+from moecli.engine.collectors.gradients import GRADIENTS
 from moecli.engine.data import Batch
-from moecli.engine.gradients import GRADIENTS
 from moecli.engine.memory import Plan
 from moecli.families.adapter import load_model
 from tests import tiny
@@ -109,6 +109,16 @@ def test_batches_order_padding_and_chunks_change_nothing(
         assert_same(found_in(source, other, plan=plan), expected, 1e-4)
     monkeypatch.setattr(module, "HEAD_BYTES", 5 * 4 * tiny.VOCAB)  # five tokens a chunk
     assert_same(found_in(source, one), expected, 1e-4)
+
+
+def test_tokens_left_out_are_in_the_loss_and_in_no_statistic(tiny_model: Maker) -> None:
+    source, batches = open_folder(tiny_model("mixtral")), random_batches((3,))
+    left_out = batches[0].input_ids % 3 == 0
+    found = found_in(source, [Batch(batches[0].input_ids, batches[0].attention_mask, left_out)])
+    model = load_model(source)
+    expected = gradient_oracle.statistics(model, source, batches, left_out)
+    assert int((left_out & (batches[0].attention_mask != 0)).sum()) > 0
+    assert_same(found, expected, 2e-5)
 
 
 def test_states_may_wait_in_files(tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moecli.engine import fused as fused_module
-from moecli.engine.collectors import CATALOGUE, collectors
+from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.fused import fused
 from moecli.engine.sweep import sweep
 from moecli.families.adapter import load_model, moe_parts
@@ -34,7 +34,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def observed(source: Any, batches: list[Any]) -> tuple[dict[int, Any], list[torch.Tensor]]:
     swept = sweep(source, batches)
-    stats = {s.index: s.observe(collectors(CATALOGUE)) for s in swept if s.is_moe}
+    stats = {s.index: s.observe(collectors(FORWARD)) for s in swept if s.is_moe}
     return stats, list(swept.logits())
 
 
@@ -79,7 +79,7 @@ def test_alias_statistics(lengths: tuple[int, ...], tiny_model: Maker, monkeypat
     found, logits = observed(small, batches)
     for layer, stats in expected.items():
         assert torch.equal(found[layer].count_E, stats.count_E)
-        for name in CATALOGUE:
+        for name in FORWARD:
             torch.testing.assert_close(found[layer][name], stats[name], rtol=1e-4, atol=2e-5, msg=f"{layer} {name}")
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ import torch
 
 from moecli.core.errors import StageFailed, SurroundingsError
 from moecli.engine import memory
-from moecli.engine.collectors import CATALOGUE, collectors
+from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.memory import Plan, Shelf, Sizes, choose, sizes_of
 from moecli.engine.sweep import SweptLayer, sweep
 from moecli.families import adapter
@@ -79,7 +79,7 @@ def test_a_full_disk_is_told_before_it_is_full(monkeypatch: pytest.MonkeyPatch) 
 
 def run(source: Any, **options: Any) -> tuple[list[Any], list[torch.Tensor], Any]:
     swept = sweep(source, random_batches((4, 3)), **options)
-    stats = [layer.observe(collectors(CATALOGUE)) for layer in swept if layer.is_moe]
+    stats = [layer.observe(collectors(FORWARD)) for layer in swept if layer.is_moe]
     return stats, list(swept.logits()), swept
 
 
@@ -87,7 +87,7 @@ def assert_close(found: tuple, wanted: tuple) -> None:
     for mine, stats in zip(found[0], wanted[0], strict=True):
         assert mine.tokens == stats.tokens
         assert torch.equal(mine.count_E, stats.count_E)
-        for name in CATALOGUE:
+        for name in FORWARD:
             torch.testing.assert_close(mine[name], stats[name], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
 
@@ -100,7 +100,7 @@ def test_states_in_a_file_change_no_bit(tiny_model: Maker) -> None:
     ]
     assert all(torch.equal(a, b) for a, b in zip(logits, whole, strict=True))
     for mine, other in zip(stats, expected, strict=True):
-        assert all(torch.equal(mine[name], other[name]) for name in CATALOGUE)
+        assert all(torch.equal(mine[name], other[name]) for name in FORWARD)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])

@@ -12,7 +12,7 @@ import torch
 from moecli.core.artifacts import LayerStats
 from moecli.core.errors import StageFailed, UsageError
 from moecli.engine import sweep as sweep_module
-from moecli.engine.collectors import CATALOGUE, collectors
+from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
 from moecli.engine.sweep import sweep
 from moecli.families.adapter import load_model
@@ -43,7 +43,7 @@ def run_through(swept: Any) -> list[torch.Tensor]:
 
 def observe_first(source: Any, batches: list[Batch]) -> LayerStats:
     layers = iter(sweep(source, batches))
-    return next(layers).observe(collectors(CATALOGUE))
+    return next(layers).observe(collectors(FORWARD))
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -80,13 +80,13 @@ def test_statistics_equal_a_loop_over_tokens(family: str, tiny_model: Maker) -> 
     folder, batches = tiny_model(family), random_batches((3, 1), length=16)
     source = open_folder(folder)
     expected = oracle.statistics(whole(folder), source, batches)
-    found = {s.index: s.observe(collectors(CATALOGUE)) for s in sweep(source, batches) if s.is_moe}
+    found = {s.index: s.observe(collectors(FORWARD)) for s in sweep(source, batches) if s.is_moe}
 
     assert list(found) == list(expected) == list(source.facts.moe_layers)
     for layer, stats in found.items():
         assert stats.tokens == int(expected[layer].pop("tokens")) == 61
-        assert set(CATALOGUE) <= set(expected[layer]), "the oracle knows every statistic"
-        assert {n for n in [*stats.extra, "count", "gate_sum"] if not n.endswith("_key")} == set(CATALOGUE)
+        assert set(FORWARD) <= set(expected[layer]), "the oracle knows every statistic"
+        assert {n for n in [*stats.extra, "count", "gate_sum"] if not n.endswith("_key")} == set(FORWARD)
         oracle.assert_same(stats, expected[layer], f"layer {layer}")
 
 
@@ -97,7 +97,7 @@ def test_statistics_keep_their_dtypes(tiny_model: Maker) -> None:
     kinds: dict[torch.dtype, set[str]] = {}
     for name, value in stats.extra.items():
         kinds.setdefault(value.dtype, set()).add(name)
-    maxima = {name for name, kind in CATALOGUE.items() if kind.reduce == "max"}
+    maxima = {name for name, kind in FORWARD.items() if kind.reduce == "max"}
     grams = {"x_cov", "gx_cov", "x_cov_pool", "h_cov", "gh_cov", "ph_cov"}
     assert kinds[torch.float32] == maxima | grams
     assert kinds[torch.int64] == {"coactivation", "transition", "tok_reservoir_key", "act_sample_key"}
@@ -107,8 +107,8 @@ def test_statistics_keep_their_dtypes(tiny_model: Maker) -> None:
 
 
 def every_statistic(source: Any, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
-    layers = [s.observe(collectors(CATALOGUE)) for s in sweep(source, batches) if s.is_moe]
-    return [{name: stats[name].double() for name in CATALOGUE} | {"n": torch.tensor(stats.tokens)} for stats in layers]
+    layers = [s.observe(collectors(FORWARD)) for s in sweep(source, batches) if s.is_moe]
+    return [{name: stats[name].double() for name in FORWARD} | {"n": torch.tensor(stats.tokens)} for stats in layers]
 
 
 def test_statistics_do_not_depend_on_batches_padding_or_chunks(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moecli.engine import fused as fused_module
-from moecli.engine.collectors import CATALOGUE, collectors
+from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
 from moecli.engine.loader import Loader
 from moecli.engine.memory import Plan
@@ -31,12 +31,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 Maker = Callable[..., Path]
-STATISTICS = [name for name in CATALOGUE if name != "count"]
+STATISTICS = [name for name in FORWARD if name != "count"]
 
 
 def run(source: Any, batches: list[Batch], device: str) -> tuple[dict[int, Any], list[torch.Tensor]]:
     swept = sweep(source, batches, device=device)
-    stats = {s.index: s.observe(collectors(CATALOGUE)) for s in swept if s.is_moe}
+    stats = {s.index: s.observe(collectors(FORWARD)) for s in swept if s.is_moe}
     return stats, [logits.float().cpu() for logits in swept.logits()]
 
 
@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_whole_model_on_the_device(family: str, dtype: s
     swept = sweep(source, batches, device="cuda")
     for layer in swept:
         if layer.is_moe:
-            layer.observe(collectors(CATALOGUE))
+            layer.observe(collectors(FORWARD))
     for found, wanted in zip(swept.logits(), expected, strict=True):
         if dtype == "bfloat16":
             assert relative_error(found, wanted) < 1e-2
@@ -103,7 +103,7 @@ def test_fused_statistics_equal_the_stock_modules(
     source, batches = open_folder(folder), random_batches((4, 2), length=32)
     if not padded:
         batches = [Batch(b.input_ids, torch.ones_like(b.attention_mask)) for b in batches]
-    names = [name for name in CATALOGUE if name != "count"]
+    names = [name for name in FORWARD if name != "count"]
 
     def first(fast: bool) -> Any:
         with monkeypatch.context() as patch:
@@ -111,7 +111,7 @@ def test_fused_statistics_equal_the_stock_modules(
                 patch.setattr(fused_module, "suits", lambda tensor: False)
             for layer in sweep(source, batches, device="cuda"):
                 if layer.is_moe:
-                    return layer.observe(collectors(CATALOGUE)), layer.outputs()
+                    return layer.observe(collectors(FORWARD)), layer.outputs()
         raise AssertionError
 
     (found, after), (wanted, stock) = first(True), first(False)
@@ -126,8 +126,8 @@ def test_a_layer_is_observed_without_waiting_for_the_device(tiny_model: Maker) -
     source = open_folder(tiny_model("qwen3_moe", dtype="bfloat16"))
     batches = random_batches((2, 2), length=16)
     for layer in sweep(source, batches, device="cuda"):
-        layer.observe(collectors(CATALOGUE))  # compiles, and tries the norms
-        some = collectors(CATALOGUE)
+        layer.observe(collectors(FORWARD))  # compiles, and tries the norms
+        some = collectors(FORWARD)
         with no_waiting():
             layer._observe(some)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from moecli.core.errors import UsageError
 from moecli.engine.collectors.base import Collector, LayerShape, Need
 from moecli.engine.collectors.channels import H1, H2, X2, HAbs, HMax, Ph2, PhMax, Px2, XAbs, XMax
+from moecli.engine.collectors.gradients import GRADIENTS
 from moecli.engine.collectors.grams import GhCov, GxCov, HCov, PhCov, XCov, XCovPool
 from moecli.engine.collectors.grouped import Grouped
 from moecli.engine.collectors.outputs import (
@@ -55,6 +56,7 @@ from moecli.engine.collectors.samples import ActSample, Sample, TokReservoir, jo
 
 __all__ = [
     "CATALOGUE",
+    "FORWARD",
     "Collector",
     "Grouped",
     "LayerShape",
@@ -66,7 +68,7 @@ __all__ = [
     "token_dim",
 ]
 
-CATALOGUE: Mapping[str, type[Collector]] = {
+FORWARD: Mapping[str, type[Collector]] = {
     kind.name: kind
     for kind in (
         Count, GateSum, GateSq, ProbSum, ProbRouted, Entropy, LogitGram, CoActivation, Transition, TopkIdx, TopkW,
@@ -75,7 +77,12 @@ CATALOGUE: Mapping[str, type[Collector]] = {
         XCov, GxCov, XCovPool, HCov, GhCov, PhCov, TokReservoir, ActSample,
     )
 }  # fmt: skip
-"""Every statistic by name; each class's docstring gives formula, dtype, shape, how it combines, and paper."""
+"""What a forward sweep collects, by name."""
+
+CATALOGUE: Mapping[str, type[Collector]] = {**FORWARD, **{kind.name: kind for kind in GRADIENTS}}
+"""Every statistic by name; each class's docstring gives formula, dtype, shape, how it combines, and paper. Those that
+are not in `FORWARD` need a backward sweep.
+"""
 
 
 def collectors(names: Iterable[str]) -> list[Collector]:

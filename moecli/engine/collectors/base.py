@@ -13,11 +13,11 @@ from torch import Tensor
 from moecli.core.model import ScoreRule
 from moecli.engine.collectors.grouped import Grouped
 
-Need = Literal["outputs", "inner", "all_sums", "all_outputs", "logits", "residual", "before"]
+Need = Literal["outputs", "inner", "all_sums", "all_outputs", "logits", "residual", "before", "gradients"]
 """What a collector reads of `Grouped`: `outputs` routed y, `inner` what the down projections of routed experts take,
 `all_sums` sums over tokens of what every expert makes of every token (E/k times the work), `all_outputs` each of these
-outputs, `logits` router logits, `residual` the
-stream before the block and the routed sum, `before` the experts of the layer before.
+outputs, `logits` router logits, `residual` the stream before the block and the routed sum, `before` the experts of the
+layer before. `gradients` are not in `Grouped`: a backward sweep finds them (`engine.pullback.Pulled`).
 """
 Reduce = Literal["sum", "max", "sample", "trace"]
 """How results over different text combine: added, the larger, the rows with the smallest keys, one after the other."""
@@ -49,6 +49,8 @@ class Collector(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     reduce: ClassVar[Reduce] = "sum"
     """How results of several runs combine, see `joined`."""
+    total: Tensor
+    """Of a sum or a maximum: all there is of it, on the device. Processes combine it before `result`."""
     routed: ClassVar[bool]
     """True when entry i depends on the tokens routed to expert i alone, False when on others too."""
 

@@ -2,45 +2,33 @@
 
 l is the next-token cross entropy in nats, summed over all tokens of the calibration text; h_tik the intermediate
 activation of channel k of expert i for token t (the input of the down projection); dl/dh_tik its gradient, in which the
-weight g_ti with which the model really multiplies the expert's output is already contained. Sums run over X_i, the
+weight g_ti with which the model really multiplies the expert's output is contained. Sums run over X_i, the
 tokens routed to expert i; on an alias checkpoint over tokens routed to a stored expert, with the sum of their weights.
 Values are computed in the model's dtype, products in fp32 at least, sums end in fp64.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
-
-import torch
 from torch import Tensor
 
-from moecli.engine.collectors import Collector, LayerShape, Need
+from moecli.engine.collectors.base import Collector, LayerShape, Total
 from moecli.engine.pullback import Pulled
 
 
-class _ChannelTotal(Collector):
+class _ChannelTotal(Total):
     """A sum for each channel of each expert, float64 [E, F]."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
-    routed: ClassVar[bool] = True
-    """Entry i depends on the tokens routed to expert i alone."""
+    needs = frozenset({"gradients"})
+    routed = True
 
-    def start(self, shape: LayerShape, device: torch.device) -> None:
-        self.total: Tensor | None = None
-
-    @abstractmethod
-    def of(self, pulled: Pulled) -> Tensor:
-        """This chunk's share."""
+    @classmethod
+    def size(cls, shape: LayerShape) -> tuple[int, ...]:
+        return (shape.experts, shape.width)
 
     def update(self, grouped: Pulled) -> None:
         if not isinstance(grouped, Pulled):
             raise TypeError(f"`{self.name}` is collected by a backward sweep")
-        share = self.of(grouped)
-        self.total = share if self.total is None else self.total + share
-
-    def result(self) -> dict[str, Tensor]:
-        return {self.name: self.total.cpu()}
+        super().update(grouped)
 
 
 class GradientSquare(_ChannelTotal):
