@@ -32,6 +32,9 @@ app = typer.Typer(
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.", show_default=False)]
+Runs = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Run folders, or the folder of a sweep.", show_default=False)
+]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or `demo`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Sets = Annotated[
@@ -249,16 +252,125 @@ def evaluate(
 
 
 @app.command()
-def report(run: Run, json_: Json = False) -> None:
-    """Write the pages of a run again, from report.json."""
-    with _work():
-        from moecli.runner import report as pages
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep file (YAML).", show_default=False)],
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the sweep; runs/<file name> by default.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only show the points.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what each point would do.")] = False,
+    slurm: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Only write a SLURM array job, a task for each point.")
+    ] = None,
+    point: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this point. Repeatable.")] = None,
+    device: Device = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every recipe of a matrix that is not done yet, over shared statistics."""
+    from moecli.cli import sweeps
 
-        folder = Path(run) / "report"
-        found = pages.load(folder)
-        pages.save(found, folder)
-    document = {"report": str(folder / "report.html"), "data": json.loads(found.model_dump_json())}
+    folder = _run_dir(file, run_dir)
+    with _work():
+        from moecli.runner import sweep as sweeping
+
+        loaded = sweeping.load(file)
+    if list_:
+        document = sweeps.list_document(loaded)
+        _emit(document, lambda: sweeps.list_text(document), json_)
+        return
+    with _work():
+        from moecli.cli.show import model_sketch
+
+        points = sweeping.chosen_points(sweeping.plan_points(loaded, model_sketch), point or ())
+        if dry_run:
+            document = sweeps.survey_document(sweeping.survey(points, folder), folder)
+        elif slurm is not None:
+            document = sweeps.write_slurm(loaded, folder, slurm, device)
+        else:
+            document = _sweep(loaded, points, folder, device, quiet)
+            if not point:
+                document["report"] = sweeps.pages_of(folder)
+    _emit(document, lambda: sweeps.text_of(document), json_)
+    if code := document.get("exit_code"):
+        raise typer.Exit(code)
+
+
+def _sweep(loaded: Any, points: Any, folder: Path, device: str | None, quiet: bool) -> dict[str, Any]:
+    from moecli.cli import sweeps
+    from moecli.cli.render import progress
+    from moecli.runner.sweep import exit_code, run_points
+
+    where, why = _device(device)
+    with contextlib.nullcontext() if quiet else progress(sys.stderr) as listener:
+        if not quiet:
+            _note(f"device {where} ({why}); {len(points)} points in {folder}")
+        results = []
+        for result in run_points(loaded, points, folder, device=where, listener=listener):
+            results.append(result)
+            _note(sweeps.result_line(result, len(results), len(points)))
+    return sweeps.results_document(loaded, folder, results, int(exit_code(results)))
+
+
+@app.command()
+def table(
+    runs: Runs,
+    format_: Annotated[Literal["md", "csv", "latex"], typer.Option("--format", help="How to write it.")] = "md",
+    expected: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Numbers that should come out: YAML with the key `expected`.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only `METRIC` or `TASK.METRIC`. Repeatable.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Put runs side by side; exit code 1 when an expected number is missed."""
+    with _work():
+        from moecli.runner import several
+        from moecli.runner import table as tables
+
+        found = several.load(runs, metric or ())
+        compared = tables.compare_expected(found, expected)
+    document = tables.document(found, compared)
+    _emit(document, lambda: tables.render(found, compared, format_).rstrip("\n"), json_)
+    if not all(one.agrees for one in compared):
+        raise typer.Exit(int(ExitCode.FAILED))
+
+
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder for the page of several runs; runs/report, or the sweep's own."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write the pages of a run again, or put several runs on one page with their frontier."""
+    with _work():
+        from moecli.runner.sweep import is_sweep
+
+        if len(runs) == 1 and not is_sweep(Path(runs[0])):
+            if out is not None:
+                raise UsageError("`--out` is for the page of several runs", hint="leave it out, or name more runs")
+            document = _one_report(runs[0])
+        else:
+            from moecli.runner import several
+            from moecli.runner.table import document as values
+
+            found = several.load(runs)
+            folder = Path(out) if out else Path(runs[0] if len(runs) == 1 else "runs") / "report"
+            document = {"report": str(several.write_pages(found, folder)), "data": values(found, [])}
     _emit(document, lambda: document["report"], json_)
+
+
+def _one_report(run: str) -> dict[str, Any]:
+    from moecli.runner import report as pages
+
+    folder = Path(run) / "report"
+    found = pages.load(folder)
+    pages.save(found, folder)
+    return {"report": str(folder / "report.html"), "data": json.loads(found.model_dump_json())}
 
 
 @app.command()

@@ -263,6 +263,8 @@ def event_line(event: Mapping[str, Any]) -> str | None:
     stage, kind = event.get("stage", ""), event["event"]
     if kind == "stage_started":
         return f"{stage}: started"
+    if kind == "point_started":
+        return f"\npoint {event['number']} of {event['points']}: {event['point']}"
     if kind == "stage_cached":
         return f"{stage}: done already"
     if kind == "stage_finished":

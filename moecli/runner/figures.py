@@ -251,6 +251,207 @@ def _leaves(
     return "".join(parts)
 
 
+# -- charts --------------------------------------------------------------------------------------------------------
+
+
+LOOKS = 6
+"""Colours of lines and markers; further series use them again with another dash or shape."""
+_WIDE, _TALL = 400, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 22, 42
+
+
+class Scale(NamedTuple):
+    """Values to pixels along one axis."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
+        return self.start + (self.stop - self.start) * (at - low) / (high - low)
+
+    def ticks(self) -> list[float]:
+        """Round values inside the scale; 1, 2, 5 of each decade where it is logarithmic."""
+        if not self.log:
+            return ticks(self.low, self.high, 6)
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        found = [f * 10.0**d for d in decades for f in (1, 2, 5) if self.low <= f * 10.0**d <= self.high]
+        tens = [v for v in found if f"{v:e}".startswith("1.")]
+        return tens if len(found) > 7 and len(tens) > 1 else found
+
+
+def scale_over(values: Iterable[float], start: float, stop: float, log: bool = False, air: float = 0.06) -> Scale:
+    """A scale over all values with a little air at both ends; a single value stands in its middle."""
+    known = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
+    low, high = min(known, default=1.0), max(known, default=2.0)
+    if log:
+        factor = (high / low) ** air if high > low else 1.5
+        return Scale(low / factor, high * factor, start, stop, True)
+    room = air * (high - low) or 0.1 * abs(low) or 1.0
+    return Scale(low - room, high + room, start, stop)
+
+
+def tick_text(value: float) -> str:
+    """`0.25`, `1,500`, `1e+06`: short, without a unit."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 and value == round(value) else f"{value:.6g}"
+
+
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str, whole_x: bool = False) -> str:
+    bottom = _TALL - _BOTTOM
+    parts = []
+    for value in y.ticks():
+        at = num(y(value))
+        parts.append(f'<path class="grid" d="M{_LEFT} {at}H{_WIDE - _RIGHT}"/>')
+        parts.append(f'<text class="end" x="{_LEFT - 6}" y="{at}" dy="4">{tick_text(value)}</text>')
+    for value in x.ticks():
+        if not whole_x or value == round(value):
+            at = num(x(value))
+            parts.append(f'<path class="grid" d="M{at} {bottom}v4"/>')
+            parts.append(f'<text class="mid" x="{at}" y="{bottom + 16}">{tick_text(value)}</text>')
+    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{_WIDE - _RIGHT}"/>')
+    parts.append(
+        f'<text class="mid dim" x="{num((_LEFT + _WIDE - _RIGHT) / 2)}" y="{_TALL - 6}">{escape(x_label)}</text>'
+    )
+    parts.append(f'<text class="dim" x="2" y="12">{escape(y_label)}</text>')
+    return "".join(parts)
+
+
+def _chart_frame(body: str, label: str) -> str:
+    return svg(body, str(_WIDE), _TALL, label, f' viewBox="0 0 {_WIDE} {_TALL}" class="chart"')
+
+
+def look(index: int) -> str:
+    """Classes of a series: its colour, and its dash once colours repeat."""
+    return f"s{index % LOOKS}" + (f" again{min(index // LOOKS, 2)}" if index >= LOOKS else "")
+
+
+class Line(NamedTuple):
+    """One series of a chart; None leaves a gap."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    error: Sequence[float] = ()
+
+
+def line_chart(
+    lines: Sequence[Line], x_label: str, y_label: str, label: str, log_x: bool = False, log_y: bool = False
+) -> str:
+    """Lines with a dot at each point (few points), error bars where they are known."""
+    drawn = [
+        [(a, b) for a, b in zip(line.x, line.y, strict=True) if b is not None and _drawable(a, b, log_x, log_y)]
+        for line in lines
+    ]
+    reach = [b + s * e for line in lines for b, e in zip(line.y, line.error or [0.0] * len(line.y), strict=True)
+             if b is not None for s in (-1, 1)]  # fmt: skip
+    if not any(drawn):
+        return ""
+    x = scale_over((a for points in drawn for a, _ in points), _LEFT, _WIDE - _RIGHT, log_x, 0.03)
+    y = scale_over([*(b for points in drawn for _, b in points), *reach], _TALL - _BOTTOM, _TOP, log_y)
+    whole = all(float(a).is_integer() for line in lines for a in line.x)
+    parts = [_axes(x, y, x_label, y_label, whole)]
+    for index, line in enumerate(lines):
+        pieces, gap = [], True
+        for a, b in zip(line.x, line.y, strict=True):
+            if not _drawable(a, b, log_x, log_y):
+                gap = True
+                continue
+            pieces.append(f"{'M' if gap else 'L'}{num(x(a))} {num(y(b or 0.0))}")
+            gap = False
+        body = f'<path class="line" d="{"".join(pieces)}"/>'
+        for i, (a, b) in enumerate(zip(line.x, line.y, strict=True)):
+            if b is None or not _drawable(a, b, log_x, log_y) or len(line.x) > 80:
+                continue
+            if line.error and (not log_y or b > line.error[i]):
+                body += f'<path class="thin" d="M{num(x(a))} {num(y(b - line.error[i]))}V{num(y(b + line.error[i]))}"/>'
+            title = f"{escape(line.name)}: {tick_text(a)}, {b:.6g}"
+            body += f'<circle cx="{num(x(a))}" cy="{num(y(b))}" r="2.6"><title>{title}</title></circle>'
+        parts.append(f'<g class="{look(index)}">{body}</g>')
+    return _chart_frame("".join(parts), label)
+
+
+def _drawable(a: float, b: float | None, log_x: bool, log_y: bool) -> bool:
+    return b is not None and math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x) and (b > 0 or not log_y)
+
+
+class Candidate(NamedTuple):
+    """One run in a frontier plot."""
+
+    number: str
+    """What stands beside its marker, and in the table."""
+    name: str
+    x: float
+    y: float
+    error: float | None
+    on: bool
+    """On the frontier."""
+    series: int | None
+    """Its colour; None for a source."""
+
+
+def frontier_plot(found: Sequence[Candidate], x_label: str, y_label: str, label: str) -> str:
+    """Quality against size: filled markers are on the frontier, which is the stepped line; bars are one standard
+    error. The value axis is logarithmic where values span more than a factor of twenty."""
+    dots = [c for c in found if math.isfinite(c.y)]
+    if not dots:
+        return ""
+    values = [c.y for c in dots]
+    log = min(values) > 0 and max(values) > 20 * min(values)
+    ends = [c.y + s * (c.error or 0.0) for c in dots for s in (-1, 1)]
+    x = scale_over((c.x for c in dots), _LEFT, _WIDE - _RIGHT, air=0.08)
+    y = scale_over(ends if not log else values, _TALL - _BOTTOM, _TOP, log)
+    parts = [_axes(x, y, x_label, y_label)]
+    steps = sorted((c.x, c.y) for c in dots if c.on)
+    if steps:
+        d = f"M{num(x(steps[0][0]))} {num(y(steps[0][1]))}"
+        d += "".join(f"H{num(x(a))}V{num(y(b))}" for a, b in steps[1:])
+        parts.append(f'<path class="front" d="{d}"/>')
+    for c in dots:
+        parts.append(_candidate(c, x, y, log))
+    boxes = [(x(c.x) - 5, y(c.y) - 5, x(c.x) + 5, y(c.y) + 5) for c in dots]
+    parts += [_number(c, x(c.x), y(c.y), boxes) for c in dots]
+    return _chart_frame("".join(parts), label)
+
+
+def _candidate(c: Candidate, x: Scale, y: Scale, log: bool) -> str:
+    at_x, at_y = num(x(c.x)), num(y(c.y))
+    kind = ("source" if c.series is None else look(c.series)) + (" on" if c.on else "")
+    bar = ""
+    if c.error is not None and math.isfinite(c.error) and (not log or c.y > c.error):
+        bar = f'<path class="thin" d="M{at_x} {num(y(c.y - c.error))}V{num(y(c.y + c.error))}"/>'
+    words = f"{escape(c.name)}: {c.y:.4g}" + (f" ± {c.error:.2g}" if c.error is not None else "")
+    words += ", on the frontier" if c.on else ""
+    title = f"<title>{words}</title>"
+    mark = f'<circle cx="{at_x}" cy="{at_y}" r="4.5">{title}</circle>'
+    if c.series is None:
+        mark = f'<path class="mark" d="M{num(x(c.x) - 5)} {at_y}l5 -5l5 5l-5 5z">{title}</path>'
+    return f'<g class="{kind}">{bar}{mark}</g>'
+
+
+def _number(c: Candidate, x: float, y: float, boxes: list[tuple[float, float, float, float]]) -> str:
+    """The run's number where it covers least: right, left, above or below its marker."""
+    wide = 6.4 * len(c.number)
+    spots = [(x + 7, y + 3.5, "", x + 7), (x - 7, y + 3.5, "end", x - 7 - wide), (x, y - 8, "mid", x - wide / 2),
+             (x, y + 15, "mid", x - wide / 2)]  # fmt: skip
+
+    def covered(spot: tuple[float, float, str, float]) -> float:
+        left, top, right, bottom = spot[3], spot[1] - 9, spot[3] + wide, spot[1] + 1
+        out = max(0.0, right - _WIDE) + max(0.0, _LEFT - left) + max(0.0, 12 - top) + max(0.0, bottom - _TALL + _BOTTOM)
+        return out * 20 + sum(
+            max(0.0, min(right, r) - max(left, a)) * max(0.0, min(bottom, b) - max(top, t)) for a, t, r, b in boxes
+        )
+
+    at_x, at_y, anchor, left = min(spots, key=covered)
+    boxes.append((left, at_y - 9, left + wide, at_y + 1))
+    kind = f' class="tag {anchor}"' if anchor else ' class="tag"'
+    return f'<text x="{num(at_x)}" y="{num(at_y)}"{kind}>{escape(c.number)}</text>'
+
+
 # -- bars and dots -------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections import Counter
@@ -18,12 +19,14 @@ from moecli.runner.execute import Execution, Outcome, environment
 from moecli.runner.plan import SOURCE
 from moecli.runner.report import (
     Calibration,
+    Chart,
     Dendrogram,
     Environment,
     Figures,
     MetricRow,
     Part,
     Report,
+    Series,
     SizeRecord,
     SizeSide,
     SourceRecord,
@@ -171,7 +174,32 @@ def _figures(execution: Execution) -> Figures:
     kept, groups = fates_of_experts(
         execution.source.facts, [o.manifest["records"] for o in execution.outcomes.values()]
     )
-    return Figures(load=load, kept=kept, groups=groups, dendrograms=dendrograms)
+    charts = charts_of((o.step.label, o.manifest["records"]) for o in execution.outcomes.values())
+    return Figures(load=load, kept=kept, groups=groups, dendrograms=dendrograms, charts=charts)
+
+
+_BY_LAYER = {
+    "relative_error": ("Error by layer", "Relative error of each layer's output, as the stage measured it; lower is "
+                       "better.", "relative error"),
+}  # fmt: skip
+"""Records of the form {layer: number} -> title, caption and axis of the chart that they become."""
+
+
+def charts_of(records: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Chart, ...]:
+    """What stages recorded for charts, by (label, records); charts of one title become one, with all of their lines."""
+    found: dict[str, Chart] = {}
+    for label, record in records:
+        made = [Chart.model_validate_json(json.dumps(value)) for value in record.get("charts", [])]
+        for name, (title, caption, axis) in _BY_LAYER.items():
+            if by_layer := record.get(name):
+                layers = sorted(by_layer, key=int)
+                line = Series(name=label, x=tuple(map(float, layers)), y=tuple(by_layer[n] for n in layers))
+                made.append(Chart(title=title, caption=caption, x_label="layer", y_label=axis, series=(line,)))
+        for chart in made:
+            earlier = found.get(chart.title, chart)
+            lines = chart.series if earlier is chart else (*earlier.series, *chart.series)
+            found[chart.title] = earlier.model_copy(update={"series": lines})
+    return tuple(found.values())
 
 
 ByLayer = dict[int, tuple[int, ...]]

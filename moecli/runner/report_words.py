@@ -293,7 +293,8 @@ def metrics_markdown(metrics: Sequence[MetricRow]) -> str:
     """The metric table with its reading, or a line that says that nothing was measured."""
     if not metrics:
         return "No evaluation in this run: what the smaller model lost is not known."
-    head = ["task", "metric", "before", "after", "difference", "samples", "reading"]
+    paired = any(row.paired for row in metrics)
+    head = ["task", "metric", "before", "after", "difference", *(PAIRED_HEAD if paired else ()), "samples", "reading"]
     rows = [
         [
             row.task,
@@ -301,12 +302,38 @@ def metrics_markdown(metrics: Sequence[MetricRow]) -> str:
             value_text(row.before, row.before_stderr),
             value_text(row.after, row.after_stderr),
             " ".join(delta_texts(row)).strip(),
+            *(paired_texts(row) if paired else ()),
             "–" if row.samples is None else f"{row.samples:,}",
             row.reading,
         ]
         for row in metrics
     ]
-    return markdown_table(head, rows, right=(2, 3, 4, 5)) + "\n\n" + METRIC_LEGEND
+    table = markdown_table(head, rows, right=range(2, len(head) - 1))
+    return "\n\n".join([table, METRIC_LEGEND, *([PAIRED_LEGEND] if paired else [])])
+
+
+PAIRED_HEAD = ("95 % interval", "lost", "gained", "p")
+"""Columns of a comparison document by document."""
+
+PAIRED_LEGEND = (
+    "Where both models answered the same documents they are compared document by document: the interval is of the "
+    "paired difference, or with × of the ratio after / before; lost and gained count documents that went from right "
+    "to wrong and back, p is McNemar's exact test. There, clear means that the interval leaves no change out."
+)
+
+
+def paired_texts(row: MetricRow) -> tuple[str, str, str, str]:
+    """(interval, lost, gained, p) of the paired comparison; dashes for what was not compared or cannot be."""
+    paired = row.paired
+    if paired is None:
+        return "–", "–", "–", "–"
+    ratio = paired.scale == "ratio"
+    ends = [number_text(end, signed=not ratio, size=row.after) if end is not None else "" for end in
+            (paired.low, paired.high)]  # fmt: skip
+    interval = f"{'× ' if ratio else ''}[{ends[0]}, {ends[1]}]" if all(ends) else "–"
+    counts = ["–" if count is None else f"{count:,}" for count in (paired.lost, paired.gained)]
+    p = "–" if paired.p is None else "< 0.001" if paired.p < 0.001 else f"{paired.p:.3f}"
+    return interval, counts[0], counts[1], p
 
 
 METRIC_LEGEND = (
