@@ -259,7 +259,7 @@ class BackLayer:
         wanted = {c.name: c for c in some if c.name not in ("count", "gate_sum")}
         self._within_memory(lambda: self._run(always, list(wanted.values())))
         text = self._flow.text
-        found = combined([*always, *wanted.values()], text.ranks, self._flow.device)
+        found = combined([*always, *wanted.values()], text.ranks)
         return LayerStats(text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def output_grads(self) -> list[Tensor]:
