@@ -204,6 +204,10 @@ class BackwardSweep(Sweep):
         both = torch.stack([total, torch.tensor(float(self.targets), dtype=torch.float64, device=total.device)])
         self._flow.text.ranks.combine([(both, "sum")])
         self.loss, self.targets = float(both[0]), int(both[1])
+        if self.targets == 0:
+            raise StageFailed(
+                "no token of the calibration text has a next one", hint="write `tokens_per_sample: 2` or more"
+            )
         if not math.isfinite(self.loss):
             raise StageFailed(
                 "the loss on the calibration text is not a number", hint="check the model with `moecli verify`"

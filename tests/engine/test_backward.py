@@ -229,6 +229,11 @@ def test_a_model_whose_loss_is_no_number_is_refused(tiny_model: Maker) -> None:
         next(backward_sweep(source, random_batches()).back())
 
 
+def test_text_without_a_next_token_is_refused(tiny_model: Maker) -> None:
+    with pytest.raises(StageFailed, match="no token of the calibration text has a next one"):
+        next(backward_sweep(open_folder(tiny_model("qwen3_moe")), random_batches((3,), length=1)).back())
+
+
 def test_a_forward_sweep_does_not_feed_gradients(tiny_model: Maker) -> None:
     layers = iter(backward_sweep(open_folder(tiny_model("qwen3_moe")), random_batches()))
     layer = next(layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -168,6 +169,46 @@ def test_statistics_are_those_of_a_sweep(checkpoint, text, context):
     assert same(found, CalibrationStats(expected))
     assert found.source["dataset"] == str(text)
     assert (found.source["dtype"], found.source["model_type"]) == ("float32", "qwen3_moe")
+
+
+# -- gradients
+
+
+def test_gradients_are_collected_on_the_way_back_of_the_same_sweep(checkpoint, text, context, observed):
+    from moecli.engine.backward import backward_sweep
+    from moecli.engine.collectors import collectors
+
+    model, opt = checkpoint(), options(text, statistics=["h2", "gh2", "gean_sum", "hgh"])
+    found = module.statistics(opt, model, context())
+    assert observed == [["count", "h2", "gean_sum"]] * 2 + [["gh2", "hgh"]] * 2
+    swept = backward_sweep(model, batches_of(tokenise(str(text), model, **SIZE), 8))
+    there = {layer.index: layer.observe(collectors(["h2", "gean_sum"])).extra for layer in swept}
+    back = {layer.index: layer.observe(collectors(["gh2", "hgh"])) for layer in swept.back()}
+    for layer, stats in found.items():
+        assert list(stats.extra) == ["h2", "gh2", "gean_sum", "hgh"]
+        expected = there[layer] | dict(back[layer].extra)
+        assert all(torch.equal(stats[name], value) for name, value in expected.items())
+        assert torch.equal(stats.count_E, back[layer].count_E)
+
+
+def test_only_missing_gradients_are_collected(checkpoint, text, context, observed):
+    module.statistics(options(text, statistics=["h2", "gh2"]), checkpoint(), context())
+    observed.clear()
+    module.statistics(options(text, statistics=["h2", "gh2"]), checkpoint(), context("again"))
+    assert observed == []
+    found = module.statistics(options(text, statistics=["h2", "gh2", "hgh2"]), checkpoint(), context("more"))
+    assert observed == [["hgh2"]] * 2
+    assert list(found[0].extra) == ["h2", "gh2", "hgh2"]
+
+
+def test_gradients_in_float16_are_refused_before_anything_runs(checkpoint, text):
+    (problem,) = options(text, statistics=["gh2"], dtype="float16").problems(checkpoint().facts)
+    assert (problem.option, problem.hint) == ("dtype", "write `dtype: bfloat16`")
+    assert problem.message == "the statistic `gh2` is one of gradients, which leave the range of float16"
+    half = dataclasses.replace(checkpoint().facts, dtype="float16")
+    (problem,) = options(text, statistics=["gh2"]).problems(half)
+    assert problem.option == ""
+    assert list(options(text, statistics=["gh2"], dtype="bfloat16").problems(half)) == []
 
 
 # -- experts with few tokens

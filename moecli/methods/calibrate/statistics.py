@@ -7,6 +7,9 @@ are named: `engine.data`; `packing` may be the rule of a paper's code, which bri
 Each statistic of each layer is kept in the run folder under (model, tokens, dtype, statistic, layer): a recipe that
 asks for one more collects that one. Values of one pass and of several agree within rounding of float64 sums.
 
+Statistics of gradients (`gh2`, `hgh`, `hgh2`: `engine.collectors.gradients`) take a way back through all layers, about
+twice the time of the way there; hidden states of all layers are kept meanwhile (`engine.backward`).
+
 In a run of several processes every one runs a block of the batches, and each layer's statistics are put together before
 they are kept: integers are those of one process, sums agree within rounding of float64.
 
@@ -26,7 +29,7 @@ for bit. So sums and counts of a topped-up expert do not compare with its neighb
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
@@ -39,11 +42,12 @@ from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import RunSetting, stage
-from moecli.engine.collectors import CATALOGUE, Collector, collectors
+from moecli.engine.backward import BackLayer, backward_sweep
+from moecli.engine.collectors import CATALOGUE, FORWARD, Collector, collectors
 from moecli.engine.data import Batch, batches_of, spec_text
 from moecli.engine.ranks import Ranks, current
 from moecli.engine.stats import ALWAYS, Starved, is_per_expert, starved_in, topped_up
-from moecli.engine.sweep import SweptLayer, sweep
+from moecli.engine.sweep import Sweep, SweptLayer, sweep
 from moecli.methods.calibrate import TextOptions, key_of, special_tokens, text_of
 
 VERSION = 2
@@ -94,6 +98,12 @@ class Statistics(TextOptions):
                     "min_tokens_per_expert.action", f"`top_up` cannot be used with the statistic `{name}`",
                     hint="write `action: warn` and raise `samples`",
                 )  # fmt: skip
+            elif name not in FORWARD and (model.dtype if self.dtype == "auto" else self.dtype) == "float16":
+                yield Problem(
+                    "dtype" if self.dtype == "float16" else "",
+                    f"the statistic `{name}` is one of gradients, which leave the range of float16",
+                    hint="write `dtype: bfloat16`",
+                )
 
 
 @stage("calibrate/statistics", version=VERSION, every_rank=True)
@@ -145,27 +155,52 @@ def _collect(
     model: Checkpoint,
     ctx: Context,
 ) -> dict[int, LayerStats]:
-    """Statistics of these layers: from parts where they are, and one sweep for all that are missing. Only the first rank
-    keeps and reads parts; it tells the others what is missing.
+    """Statistics of these layers: from parts where they are, and one sweep for all that are missing. Only the first
+    rank keeps and reads parts; it tells the others what is missing.
     """
     ranks = current()
     wanted = [ALWAYS[0], *(name for name in dict.fromkeys(names) if name not in ALWAYS)]
     keys = {layer: {name: _part_key(text, name, layer, opt, model, ctx) for name in wanted} for layer in layers}
     missing = ranks.told(lambda: {i: [n for n in wanted if not ctx.has_shared_part(keys[i][n])] for i in layers})
-    last = max((layer for layer, some in missing.items() if some), default=None)
-    if last is not None:
-        swept = sweep(
-            model, _batches(text, opt, model, ranks), device=ctx.device, track=ctx.track, ranks=ranks,
-            dtype=None if opt.dtype == "auto" else getattr(torch, opt.dtype),
-        )  # fmt: skip
-        for layer in swept:
-            if missing.get(layer.index):
-                _observe(layer, missing[layer.index], keys[layer.index], ctx)
-            if layer.index == last:
-                break
+    if any(missing.values()):
+        settings = {"device": ctx.device, "track": ctx.track, "ranks": ranks,
+                    "dtype": None if opt.dtype == "auto" else getattr(torch, opt.dtype)}  # fmt: skip
+        swept = _run(model, _batches(text, opt, model, ranks), missing, keys, settings, ctx)
         for line in dict.fromkeys(line for lines in ranks.gathered(swept.report()) for line in lines):
             ctx.note(line)
     return {layer: _assembled(layer, keys[layer], ctx) for layer in layers} if ranks.leads else {}
+
+
+def _run(
+    model: Checkpoint, batches: Sequence[Batch], missing: Mapping[int, list[str]],
+    keys: Mapping[int, Mapping[str, str]], settings: Mapping[str, Any], ctx: Context,
+) -> Sweep:  # fmt: skip
+    """One way through the layers for what a forward sweep collects, and where gradients are wanted one way back."""
+    there = {layer: [n for n in some if n in FORWARD] for layer, some in missing.items()}
+    back = {layer: [n for n in some if n not in FORWARD] for layer, some in missing.items()}
+    first = min((layer for layer, some in back.items() if some), default=None)
+    if first is None:
+        last = max(layer for layer, some in there.items() if some)
+        names = sorted({name for some in there.values() for name in some})
+        swept: Sweep = sweep(model, batches, statistics=names, **settings)
+        _each(swept, there, keys, last, ctx)
+        return swept
+    both = backward_sweep(model, batches, **settings)
+    _each(both, there, keys, None, ctx)
+    _each(both.back(), back, keys, first, ctx)
+    return both
+
+
+def _each(
+    layers: Iterable[SweptLayer | BackLayer], names: Mapping[int, list[str]], keys: Mapping[int, Mapping[str, str]],
+    last: int | None, ctx: Context,
+) -> None:  # fmt: skip
+    """Observe what each layer lacks, up to and with layer `last`."""
+    for layer in layers:
+        if names.get(layer.index):
+            _observe(layer, names[layer.index], keys[layer.index], ctx)
+        if layer.index == last:
+            break
 
 
 def _batches(text: CalibrationText, opt: Statistics, model: Checkpoint, ranks: Ranks) -> list[Batch]:
@@ -176,7 +211,7 @@ def _batches(text: CalibrationText, opt: Statistics, model: Checkpoint, ranks: R
     return batches_of(text, size, special_tokens(model) if opt.mask_special_tokens else ())
 
 
-def _observe(layer: SweptLayer, names: Sequence[str], keys: Mapping[str, str], ctx: Context) -> None:
+def _observe(layer: SweptLayer | BackLayer, names: Sequence[str], keys: Mapping[str, str], ctx: Context) -> None:
     """One pass over the layer's tokens for all statistics it lacks; each becomes a part of its own."""
     made = collectors(names)
     found = layer.observe(made)
