@@ -1,7 +1,8 @@
 """Where hidden states wait between layers and how much runs at a time, decided from sizes and free memory.
 
 One layer's weights, the next layer's while it is read ahead, the hidden states of all tokens before and after the
-layer, and the activations of one micro-batch: that is all a sweep holds, whatever the number of layers.
+layer, the statistics of the layer, and the activations of one micro-batch: that is all a sweep holds, whatever the
+number of layers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import ModelFacts
+from moecli.engine.collectors import LayerShape, held_bytes
 from moecli.engine.data import Batch
 from moecli.families import adapter
 
@@ -32,6 +34,7 @@ _WORDS = {
     "memory": "in memory",
     "file": "in a memory-mapped file",
 }
+_BUFFER_BYTES = 64 << 20
 DEVICE_SHARE, HOST_SHARE = 0.85, 0.5
 """Parts of what is free that a plan may use."""
 
@@ -48,6 +51,8 @@ class Sizes:
     """activations of one sequence inside a layer, estimated from above"""
     batch: int
     """sequences in the largest batch"""
+    statistics: int = 0
+    """what the statistics of one layer hold on the device"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,13 @@ class Plan:
     """The next layer's weights are read while this one computes."""
     states: int
     """Bytes of the hidden states of all tokens; twice that is held."""
+    statistics: int = 0
+    """Bytes of the statistics of one layer, held on the device."""
 
     def __str__(self) -> str:
         reading = ", the next layer read ahead" if self.ahead else ""
+        if self.statistics >= 1 << 26:
+            reading += f", {self.statistics / 2**30:.2f} GiB for statistics"
         plural = "s" if self.sequences != 1 else ""
         return (
             f"hidden states {_WORDS[self.home]} (2 x {self.states / 2**30:.2f} GiB), "
@@ -71,8 +80,8 @@ class Plan:
         )
 
 
-def sizes_of(model: Any, facts: ModelFacts, batches: Sequence[Batch]) -> Sizes:
-    """Sizes for a model on meta and the text it will run."""
+def sizes_of(model: Any, facts: ModelFacts, batches: Sequence[Batch], names: Sequence[str] = ()) -> Sizes:
+    """Sizes for a model on meta, the text it will run and the statistics to be collected."""
     layers = adapter.decoder_layers(model)[1]
     layer = max(sum(p.nbytes for p in module.parameters()) for module in layers)
     tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -82,7 +91,10 @@ def sizes_of(model: Any, facts: ModelFacts, batches: Sequence[Batch]) -> Sizes:
     # Routed: inputs, gate and up, their product, outputs of k experts; the rest: attention, norms, residuals.
     per_token = facts.top_k * 3 * (hidden + facts.expert_width) + 16 * hidden + 3 * facts.shared_width
     batch = max((batch.input_ids.shape[0] for batch in batches), default=1)
-    return Sizes(layer, tokens * hidden * item, length * per_token * item, batch)
+    shape = LayerShape(
+        facts.experts, facts.router_rows, hidden, facts.score, facts.expert_width, facts.top_k, facts.experts
+    )
+    return Sizes(layer, tokens * hidden * item, length * per_token * item, batch, held_bytes(names, shape))
 
 
 def plan_for(sizes: Sizes, device: torch.device, sweeps: int = 1, processes: int = 1) -> Plan:
@@ -99,12 +111,19 @@ def choose(sizes: Sizes, on_device: int | None, in_memory: int) -> Plan:
     if on_device is None:
         return Plan("memory" if fits_memory else "file", sizes.batch, False, sizes.states)
     room = int(DEVICE_SHARE * on_device)
-    ahead = 2 * sizes.layer + sizes.sequence <= room
+    ahead = 2 * sizes.layer + sizes.sequence + sizes.statistics <= room
     room -= (2 if ahead else 1) * sizes.layer
+    if sizes.statistics and sizes.layer + sizes.statistics > on_device:
+        raise SurroundingsError(
+            f"one layer and its statistics need {(sizes.layer + sizes.statistics) / 2**30:.1f} GiB of GPU memory, "
+            f"{on_device / 2**30:.1f} GiB free",
+            hint="collect fewer of the statistics that hold a matrix for each expert (`*_cov`) in one stage",
+        )
+    room -= sizes.statistics
     few = min(sizes.batch, 4) * sizes.sequence
     home: Home = "device" if 2 * sizes.states + few <= room else ("pinned" if fits_memory else "file")
     room -= 2 * sizes.states if home == "device" else 0
-    return Plan(home, max(1, min(sizes.batch, room // sizes.sequence)), ahead, sizes.states)
+    return Plan(home, max(1, min(sizes.batch, room // sizes.sequence)), ahead, sizes.states, sizes.statistics)
 
 
 def _free_on_device(device: torch.device) -> int:
@@ -126,6 +145,27 @@ def _free_in_memory() -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    """The tensor in CPU memory. A large one goes through two pinned buffers, one filled while the other is emptied."""
+    if not tensor.is_cuda or tensor.nbytes < 4 * _BUFFER_BYTES:
+        return tensor.cpu()
+    found = torch.empty(tensor.shape, dtype=tensor.dtype)
+    step = _BUFFER_BYTES // tensor.element_size()
+    pieces = list(zip(tensor.reshape(-1).split(step), found.view(-1).split(step), strict=True))
+    buffers = [torch.empty(step, dtype=tensor.dtype, pin_memory=True) for _ in range(2)]
+    stream, done = torch.cuda.current_stream(tensor.device), [torch.cuda.Event() for _ in range(2)]
+    for index in range(len(pieces) + 1):
+        if index < len(pieces):
+            source = pieces[index][0]
+            buffers[index % 2][: len(source)].copy_(source, non_blocking=True)
+            done[index % 2].record(stream)
+        if index > 0:
+            target, last = pieces[index - 1][1], (index - 1) % 2
+            done[last].synchronize()
+            target.copy_(buffers[last][: len(target)])
+    return found
 
 
 class Shelf:

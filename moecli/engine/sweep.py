@@ -41,7 +41,7 @@ from moecli.engine.data import Batch
 from moecli.engine.flow import Flow, Recorder, Replaced, Text, inputs, moved
 from moecli.engine.fused import FusedLayer, fused, inner_of, outputs_of
 from moecli.engine.loader import Loader
-from moecli.engine.memory import Plan, plan_for, sizes_of
+from moecli.engine.memory import Plan, fetched, plan_for, sizes_of
 from moecli.engine.ranks import ALONE, Ranks, combined
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP
@@ -63,17 +63,19 @@ def sweep(
     plan: Plan | None = None,
     sweeps: int = 1,
     ranks: Ranks = ALONE,
+    statistics: Sequence[str] = (),
 ) -> Sweep:
     """Iterate over the decoder layers of `checkpoint` while `batches` flow through them.
 
     `dtype` defaults to the checkpoint's. `track(items, label)` shows progress. `plan` overrules the one made from free
-    memory, of which each of `sweeps` that run side by side may use its share. SurroundingsError when the checkpoint
-    does not fit its own config.
+    memory, of which each of `sweeps` that run side by side may use its share; `statistics` names those that will be
+    observed, for which it leaves room. SurroundingsError when the checkpoint does not fit its own config, or a layer
+    with its statistics not the device.
 
     With several `ranks` each runs its block of the batches, and all observe the statistics of all.
     """
     show = track or (lambda items, label: items)
-    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, sweeps, ranks)
+    return Sweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, sweeps, ranks, statistics)
 
 
 class Sweep:
@@ -92,6 +94,7 @@ class Sweep:
         plan: Plan | None,
         sweeps: int = 1,
         ranks: Ranks = ALONE,
+        statistics: Sequence[str] = (),
     ) -> None:
         text = Text.of(batches, ranks)
         batches = ranks.split(batches)
@@ -99,7 +102,7 @@ class Sweep:
         self._checkpoint, self._device, self._track = checkpoint, device, track
         self._model = _quiet_routers(adapter.empty_model(checkpoint.config, dtype))
         self._names = adapter.tensor_map(self._model, checkpoint)
-        sizes = sizes_of(self._model, checkpoint.facts, batches)
+        sizes = sizes_of(self._model, checkpoint.facts, batches, statistics)
         self.plan = plan or plan_for(sizes, device, sweeps, ranks.local_size)
         self.notes: list[str] = []
         self._flow = Flow(batches, device, self.plan, text)
@@ -115,7 +118,9 @@ class Sweep:
         self._started = True
         self._flow.hidden = self._record(keep=True)
         self._flow.shelf.turn()
-        loader = Loader(self._model, self._checkpoint, self._names, self._device, self.plan.ahead)
+        loader = Loader(
+            self._model, self._checkpoint, self._names, self._device, self.plan.ahead, ranks=self._flow.text.ranks
+        )
         try:
             for index in self._track(range(len(self)), "layers"):
                 yield from self._layer(index, loader)
@@ -252,9 +257,9 @@ class SweptLayer:
         before = 0 if self._before is None else self._before.experts
         self.shape = _shape(self.parts.experts, self._facts, before) if self.parts else None
 
-    def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
-        """Statistics of all batches through the weights as they are now; counts and gate sums are always
-        among them.
+    def observe(self, some: Iterable[Collector] = (), *, on_device: bool = False) -> LayerStats:
+        """Statistics of all batches through the weights as they are now, in CPU memory; counts and gate sums are always
+        among them. `on_device` leaves them where they were made, for those who use them and forget them.
 
         One sparse forward pass. What the layer is fed stays as it is, so a layer may be observed again,
         before and after `replace`. StageFailed for a dense layer, or when a statistic reads what the layer
@@ -266,6 +271,8 @@ class SweptLayer:
         wanted = {**always, **{c.name: c for c in some}}
         self._within_memory(lambda: self._observe(list(wanted.values())))
         found = combined(list(wanted.values()), self._flow.text.ranks)
+        if not on_device:
+            found = {name: fetched(value) for name, value in found.items()}
         return LayerStats(self._flow.text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def replace(self, state: Mapping[str, Tensor]) -> None:
@@ -287,6 +294,10 @@ class SweptLayer:
         the checkpoint where the family stores it in another form than it runs it.
         """
         return self._loader.tensor(self.index, name)
+
+    def linear(self, name: str) -> nn.Module:
+        """The part of `module` that multiplies with a weight, by the weight's on-disk name."""
+        return self._loader.linear(name)
 
     def rewrite(self, values: Mapping[str, Tensor]) -> None:
         """New values for weights by their on-disk names; later layers see them. Shapes stay as they are.

@@ -40,6 +40,27 @@ def test_the_plan_for_free_memory(on_device: int | None, in_memory: int, expecte
     assert choose(SIZES, on_device, in_memory) == expected
 
 
+def test_statistics_take_their_room_first() -> None:
+    sizes = Sizes(layer=100, states=50, sequence=20, batch=8, statistics=150)
+    assert choose(sizes, 1000, 1000) == Plan("device", 8, True, 50, 150)
+    assert choose(sizes, 600, 1000) == Plan("pinned", 8, True, 50, 150)
+    assert choose(sizes, 400, 1000) == Plan("pinned", 4, False, 50, 150)
+    assert choose(sizes, None, 1000) == Plan("memory", 8, False, 50)
+    with pytest.raises(SurroundingsError, match=r"one layer and its statistics need 0.0 GiB of GPU memory") as caught:
+        choose(sizes, 249, 1000)
+    assert "`*_cov`" in caught.value.hint
+
+
+def test_matrices_of_experts_are_counted(tiny_model: Maker) -> None:
+    source = open_folder(tiny_model("qwen3_moe"))
+    model, facts = adapter.empty_model(source.config), source.facts
+    held = [
+        sizes_of(model, facts, random_batches(), names).statistics for names in ((), ("x_cov",), ("h_cov", "count"))
+    ]
+    assert held == [0, 8 * 64 * 64 * 4, 8 * 32 * 32 * 4 + 8 * 8]
+    assert str(Plan("device", 4, False, 0, 1 << 30)).endswith("at a time, 1.00 GiB for statistics")
+
+
 def test_a_plan_is_a_line_for_the_report() -> None:
     line = "hidden states in pinned CPU memory (2 x 1.50 GiB), at most 4 sequences at a time, the next layer read ahead"
     assert str(Plan("pinned", 4, True, 3 << 29)) == line

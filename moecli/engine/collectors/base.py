@@ -62,8 +62,8 @@ class Collector(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
-        """Statistic by name, on the CPU; names are the collector's own or start with it and `_`. Only now may the
-        device be waited for.
+        """Statistic by name, on the device or the CPU; names are the collector's own or start with it and `_`. Only now
+        may the device be waited for.
         """
 
     @classmethod
@@ -96,7 +96,7 @@ class Total(Collector):
             self.total += share
 
     def result(self) -> dict[str, Tensor]:
-        return {self.name: self.total.cpu()}
+        return {self.name: self.total}
 
     @classmethod
     def held_bytes(cls, shape: LayerShape) -> int:

@@ -41,7 +41,7 @@ class _Gram(Collector):
         """Rows and which of them belong to the visits; None: one each."""
 
     def result(self) -> dict[str, Tensor]:
-        return {self.name: gram.whole(self.total).float().cpu()}
+        return {self.name: gram.whole(self.total).float()}
 
     @classmethod
     def held_bytes(cls, shape: LayerShape) -> int:
