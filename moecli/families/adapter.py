@@ -11,6 +11,7 @@ lists) and decoder layers; `TensorMap` is the bridge.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -286,6 +287,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise SurroundingsError(f"the tokenizer in `{folder}` cannot be loaded: {_one_line(error)}") from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides how text becomes ids: rules, vocabulary and special tokens, not files or the template."""
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    known = json.loads(rules.to_str()) if rules is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(known, dict):  # set by the last call that padded or cut
+        known |= {"padding": None, "truncation": None}
+    text = json.dumps([known, sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Lazy:

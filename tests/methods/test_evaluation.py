@@ -8,7 +8,8 @@ import torch
 
 from moecli.core.errors import SurroundingsError
 from moecli.families.adapter import load_model, load_tokenizer
-from moecli.methods.eval.lm_eval import LmEval, lm_eval, metrics
+from moecli.io.harness import metrics
+from moecli.methods.eval.lm_eval import LmEval, lm_eval
 from moecli.methods.eval.perplexity import Perplexity, perplexity
 
 TEXTS = [" ".join(f"w{i * j % 37}" for j in range(2, 40)) for i in (3, 5, 7)] + ["short one"]
