@@ -1,0 +1,133 @@
+"""What a model is made of, for estimates of speed: exact counts from the headers of its files, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os.path import commonprefix
+from typing import Any
+
+from moecli.core.errors import SurroundingsError
+from moecli.core.model import DTYPE_BYTES, ModelSketch, TensorSpec
+from moecli.families.family import Family, Linear, family_of
+from moecli.io.formats import packed_names, scheme_of, schemes_of
+from moecli.ops.roofline import LayerCount, Matrix, ModelCount
+
+Specs = Mapping[str, TensorSpec]
+
+
+def count_of(sketch: ModelSketch) -> ModelCount | None:
+    """The parts of a model. None when its headers are not at hand, or when its experts are stored in a form whose
+    shape they do not tell (such as MXFP4 blocks).
+
+    KV cache: what keys and values take, or the latent and the rotary part under MLA, as serving engines keep it; layers
+    without keys (linear attention, convolutions) keep none, their small state is not counted.
+    """
+    if not sketch.specs:
+        return None
+    family = family_of(_without_quantization(sketch.config))
+    counter = _Counter(family, sketch)
+    layers = tuple(counter.layer(index) for index in range(family.facts.layers))
+    if any(not layers[index].expert for index in family.facts.moe_layers):
+        return None
+    head = next((name for name in counter.linears if name.endswith("lm_head.weight")), None)
+    return ModelCount(
+        layers,
+        counter.matrix(head) if head else counter.tied_head(),
+        family.facts.hidden,
+        family.facts.top_k,
+        sketch.bytes,
+        max(2, int(DTYPE_BYTES.get(family.facts.dtype, 2))),
+    )
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+class _Counter:
+    """Looks up matrices of one model by the names that they have when they are not packed."""
+
+    def __init__(self, family: Family, sketch: ModelSketch) -> None:
+        self._family, self._specs = family, sketch.specs
+        self._schemes = schemes_of(sketch.config)
+        self._hidden = family.facts.hidden
+        self._packed = {name.removesuffix("_packed") for name in sketch.specs if name.endswith("_packed")}
+        parts = {part for name in self._packed for part in packed_names(name)}
+        self._shapes = {name: spec for name, spec in sketch.specs.items() if name not in parts}
+        self._shapes |= {name: self._dense(name) for name in self._packed}
+        self.linears: dict[str, Linear] = {linear.name: linear for linear in family.linears_in(self._shapes)}
+
+    def _dense(self, name: str) -> TensorSpec:
+        """Shape of the weight that is packed, outputs before inputs."""
+        packed = self._specs[packed_names(name).packed]
+        columns = packed.shape[-1] * 32 // self._bits(name)
+        return TensorSpec("bfloat16", (*packed.shape[:-1], columns))
+
+    def _bits(self, name: str) -> int:
+        """By the config, or, for a planned model, by the width of the nearest weight that takes the stream."""
+        if self._schemes:
+            return scheme_of(name, self._schemes).bits
+        wide = [
+            n for n in self._packed if n.endswith(("gate_proj.weight", "w1.weight", "gate_up_proj", "q_proj.weight"))
+        ]
+        if not wide:
+            raise SurroundingsError(f"`{name}` is packed and config.json does not say with how many bits")
+        nearest = max(wide, key=lambda other: len(commonprefix([other, name])))
+        return round(self._specs[packed_names(nearest).packed].shape[-1] * 32 / self._hidden)
+
+    def matrix(self, name: str) -> Matrix:
+        """A linear by its dense name; of a stack, one expert of it."""
+        linear, shape = self.linears[name], self._shapes[name].shape
+        outputs, inputs = shape[-2:]
+        if linear.transposed and name not in self._packed:
+            outputs, inputs = inputs, outputs
+        parts = packed_names(name) if name in self._packed else [name]
+        size = sum(self._specs[part].bytes for part in parts)
+        return Matrix(inputs, outputs, size / (shape[0] if len(shape) == 3 else 1))
+
+    def tied_head(self) -> Matrix:
+        name = next(name for name in self._specs if name.endswith("embed_tokens.weight"))
+        spec = self._specs[name]
+        return Matrix(spec.shape[1], spec.shape[0], spec.bytes)
+
+    def layer(self, index: int) -> LayerCount:
+        mine = {name: linear for name, linear in self.linears.items() if linear.layer == index}
+        plain = {name: self.matrix(name) for name, linear in mine.items() if linear.role != "expert"}
+        routed = self._expert(index, mine)
+        prefix = f"model.layers.{index}."
+        names = [name for name in self._shapes if name.startswith(prefix) and name not in mine]
+        by_end = {name.removesuffix(".weight").rpartition(".")[2]: matrix for name, matrix in plain.items()
+                  if mine[name].role == "attention"}  # fmt: skip
+        return LayerCount(
+            linears=tuple(plain.values()),
+            experts=self._family.experts_in(index) if routed else 0,
+            expert=routed,
+            small_bytes=sum(self._shapes[name].bytes for name in names if not name.endswith(".alias_map")),
+            **_attention(by_end),
+            window=self._window(index),
+        )
+
+    def _expert(self, index: int, mine: Mapping[str, Linear]) -> tuple[Matrix, ...]:
+        """Of the first expert; a stacked gate and up is one matrix."""
+        if index not in self._family.facts.moe_layers:
+            return ()
+        names = self._family.layout(self._shapes, index).names_of(0)
+        return tuple(self.matrix(name) for name in names if name in mine)
+
+    def _window(self, index: int) -> int | None:
+        kinds = self._family.config.get("layer_types") or []
+        sliding = index < len(kinds) and kinds[index] == "sliding_attention"
+        return self._family.config.get("sliding_window") if sliding else None
+
+
+def _attention(by_end: Mapping[str, Matrix]) -> dict[str, int]:
+    """Widths of cache, queries and values, from the shapes of the projections."""
+    if "kv_a_proj_with_mqa" in by_end:  # MLA
+        queries = by_end.get("q_b_proj") or by_end["q_proj"]
+        kept = by_end["kv_a_proj_with_mqa"].outputs
+        return {"kv_width": kept, "score_width": queries.outputs, "value_width": by_end["o_proj"].inputs}
+    if "k_proj" not in by_end:
+        return {}
+    out = by_end.get("o_proj") or by_end["out_proj"]
+    kept = by_end["k_proj"].outputs + by_end["v_proj"].outputs
+    return {"kv_width": kept, "score_width": out.inputs, "value_width": out.inputs}
