@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moecli.core.artifacts import Checkpoint
 from moecli.engine.data import Batch
@@ -120,6 +120,30 @@ def score(
     return answers.found()
 
 
+@torch.no_grad()
+def score_whole(
+    network: nn.Module,
+    windows: Sequence[Window],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    softmax: torch.dtype | None = torch.float32,
+    vocab: int | None = None,
+    track: Callable[[Sequence[Batch], str], Iterable[Batch]] = lambda items, label: items,
+) -> list[Scores]:
+    """As `score`, of a model in memory and in the same batches: the same numbers up to rounding."""
+    if not windows:
+        return []
+    sequences = Sequences.of(windows)
+    answers, start = _Answers(windows, sequences, HEAD_ROWS), 0
+    for batch in track(sequences.batches(batch_size), "scoring"):
+        logits_BSV = network(input_ids=batch.input_ids.to(device), use_cache=False).logits
+        stop = start + len(batch.input_ids)
+        answers.add(start, stop, logits_BSV, lambda rows: rows[:, :vocab].log_softmax(-1, dtype=softmax))
+        start = stop
+    return answers.found()
+
+
 def parts(swept: Sweep) -> Iterator[tuple[int, int, Tensor]]:
     """(first sequence, end, hidden state [B, S, D] on the device) of each micro-batch."""
     start = 0
@@ -152,7 +176,7 @@ class _Answers:
         self._seen = 0
 
     def add(self, start: int, stop: int, hidden_BSD: Tensor, logprobs: Callable[[Tensor], Tensor]) -> None:
-        """Score what sequences start..stop are asked for; `logprobs` is [N, D] -> [N, vocabulary]."""
+        """Score what sequences start..stop are asked for; `logprobs` is [N, ...] -> [N, vocabulary]."""
         row_R = self._sequences.rows(start, stop, hidden_BSD.shape[1])
         pair_P, target_P = self._asked(start, stop)
         sorted_P, order_P = torch.sort(pair_P, stable=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -37,10 +36,18 @@ def block_windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], 
         yield block[:-1], block[1:]
 
 
-def target_logprobs(logits_TV: Tensor, targets: Sequence[int]) -> Tensor:
-    """Natural-log probabilities of `targets` under the last len(targets) rows of logits, float32 [len(targets)]."""
-    rows = logits_TV[-len(targets) :].float().log_softmax(-1)
-    return rows.gather(-1, torch.tensor(targets, device=rows.device).unsqueeze(-1)).squeeze(-1)
+def strided_windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Windows of `length` + 1 tokens, `stride` apart: (input ids, targets of the last positions).
+
+    The first scores all its `length` targets, later ones their last `stride`; a last, shorter step scores what is left,
+    with as much left context. Every token but the first is scored once. Nothing for `length` tokens or fewer.
+    """
+    if len(ids) <= length:
+        return
+    yield list(ids[:length]), list(ids[1 : length + 1])
+    for end in range(length + 1 + stride, len(ids) + stride, stride):
+        new, end = stride - max(0, end - len(ids)), min(end, len(ids))
+        yield list(ids[end - length - 1 : end - 1]), list(ids[end - new : end])
 
 
 def divergence(logp_RV: Tensor, logq_RV: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ OVERRIDES = {
     "quantize/rtn": {"group_size": 16},
     "eval/lm-eval": {"limit": 4},
     "eval/perplexity": {"window": 32},
+    "eval/fidelity": {"window": 32},
+    "eval/bits-per-character": {"window": 64, "stride": 32},
+    "eval/information-capacity": {"tokens": 64},
 }
 
 

@@ -18,11 +18,13 @@ import torch
 from pydantic import PositiveInt
 
 from moecli.core.artifacts import Checkpoint, Column, Metric
+from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import Options, RunSetting
 from moecli.engine.data import identity, parse, pinned, read_rows, spec_text
-from moecli.engine.scorer import Window
+from moecli.engine.scorer import Window, score, score_whole
+from moecli.families.adapter import load_model
 from moecli.ops.scoring import ratio, rolling_windows
 
 _SHOWN = 40
@@ -63,6 +65,14 @@ class OnText(Options):
     def dtype_of(self, model: Checkpoint) -> str:
         """Name of the precision to compute in."""
         return model.facts.dtype if self.dtype == "auto" else self.dtype
+
+
+class Scoring(OnText):
+    """Options of an evaluation of one model on text of one's own."""
+
+    backend: Annotated[Literal["memory", "streamed"], RunSetting()] = "memory"
+    """`streamed` runs the model layer by layer: for models larger than the device. The numbers are the same up to
+    rounding."""
 
 
 def window_problem(window: int | None, model: ModelFacts, least: int = 2) -> Iterator[Problem]:
@@ -123,6 +133,24 @@ class Documents:
     def names(self) -> tuple[str, ...]:
         """`number:digest` of each document."""
         return tuple(f"{i}:{hashlib.sha256(t.encode()).hexdigest()[:16]}" for i, t in enumerate(self.texts))
+
+
+def log_probabilities(
+    opt: Scoring, model: Checkpoint, windows: Sequence[Window], ctx: Context, vocab: int | None = None
+) -> list[torch.Tensor]:
+    """Natural-log probabilities of each window's targets, float32, by the backend that the options name."""
+    dtype = getattr(torch, opt.dtype_of(model))
+    if opt.backend == "memory":
+        network = load_model(model, ctx.device, dtype)
+        found = score_whole(
+            network, windows, batch_size=opt.batch_size, device=ctx.device, vocab=vocab, track=ctx.track
+        )
+    else:
+        found = score(
+            model, windows, batch_size=opt.batch_size, device=ctx.device, dtype=dtype, vocab=vocab,
+            track=ctx.track, note=ctx.note,
+        )  # fmt: skip
+    return [scores.logprob_T for scores in found]
 
 
 def prefix_of(tokenizer: Any) -> int:
