@@ -20,10 +20,8 @@ from moecli.io.durable import read_json
 from moecli.io.store import KEY_DIGITS, StageFolder, load_artifact
 from moecli.ops import paired
 from moecli.runner import lookup
+from moecli.runner.execute import RUN_FORMAT
 from moecli.runner.report import MetricRow, Paired
-
-RUN_FORMAT = 1
-"""Version of a run's `manifest.json`. Raised when an older reader could misread a newer one."""
 
 _ADD_EVALUATION = "add an `eval/...` stage at the end of its recipe"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from moecli import __version__
-from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, CheckpointWriter
+from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, CheckpointWriter, Evaluation
 from moecli.core.errors import StageFailed, SurroundingsError, UsageError
 from moecli.core.stage import Options
 from moecli.engine.ranks import ALONE, Ranks, own_device, together
@@ -31,6 +32,9 @@ from moecli.runner.plan import SOURCE, Plan, Step, key_of
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Artifact)
+
+RUN_FORMAT = 1
+"""Version of a run's `manifest.json`. Raised when an older reader could misread a newer one."""
 
 EXPORT = "export"
 """What `--redo` calls the writing of `model/`, and the folder of its manifest."""
@@ -418,11 +422,23 @@ def _finish(execution: Execution) -> RunResult:
     model = run.path / "model" if execution.plan.final != SOURCE else None
     with disk_errors(run.path):
         save(report, run.path / "report")
+        _save_evaluation_files(execution)
         if model is not None:
             write_card(report, model)
     run.write_text("manifest.json", json.dumps(manifest(execution), indent=1) + "\n")
     execution.emit({"event": "run_finished", "report": str(run.path / "report" / "report.html")})
     return RunResult(run.path, model, report)
+
+
+def _save_evaluation_files(execution: Execution) -> None:
+    """`report/<stage>/`: the files that evaluations left, lm-eval's own among them, as they made them."""
+    for index, outcome in execution.outcomes.items():
+        if issubclass(outcome.step.stage.output, Evaluation):
+            found = execution.artifact(index, Evaluation)
+            assert isinstance(found, Evaluation)
+            for name, text in found.files.items():
+                folder = re.sub(r"[^\w.-]+", "-", outcome.step.label).strip("-")
+                execution.run.write_text(f"report/{folder}/{name}", text)
 
 
 def manifest(execution: Execution) -> dict[str, Any]:
@@ -438,8 +454,9 @@ def manifest(execution: Execution) -> dict[str, Any]:
         "peak_cpu_bytes": max((m["peak_cpu_bytes"] for m in ran), default=None),
         "peak_gpu_bytes": max((m["peak_gpu_bytes"] for m in ran if m["peak_gpu_bytes"] is not None), default=None),
     }
-    return {"environment": environment(execution.device, execution.ranks.size), "seed": execution.plan.recipe.seed,
-            "source_key": execution.plan.source_key, "stages": stages, "total": total}  # fmt: skip
+    return {"format": RUN_FORMAT, "environment": environment(execution.device, execution.ranks.size),
+            "seed": execution.plan.recipe.seed, "source_key": execution.plan.source_key, "stages": stages,
+            "total": total}  # fmt: skip
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:

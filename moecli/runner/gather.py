@@ -15,6 +15,7 @@ from moecli.core.model import ModelFacts
 from moecli.families import Linear, linears_of
 from moecli.io.formats import DenseView
 from moecli.runner import lookup
+from moecli.runner.compare import pair
 from moecli.runner.execute import Execution, Outcome, environment
 from moecli.runner.plan import SOURCE
 from moecli.runner.report import (
@@ -47,6 +48,7 @@ def gather(execution: Execution) -> Report:
     """The report of an execution whose steps are all done."""
     plan, final = execution.plan, execution.plan.final
     origin = execution.origin
+    rows, warnings = _metrics(execution)
     env = environment(execution.device)
     return Report(
         name=plan.name or execution.run.path.name,
@@ -63,7 +65,8 @@ def gather(execution: Execution) -> Report:
             before=size_of(execution.source),
             after=size_of(execution.checkpoint(final)) if final != SOURCE else None,
         ),
-        metrics=tuple(_metrics(execution)),
+        metrics=tuple(rows),
+        warnings=tuple(dict.fromkeys(warnings)),
         calibration=_calibration(execution),
         figures_data=_figures(execution),
         verification=Verification.model_validate(execution.exported["verification"]) if execution.exported else None,
@@ -116,9 +119,11 @@ def _of_type(execution: Execution, kind: type) -> Iterable[Outcome]:
     return [o for o in execution.outcomes.values() if issubclass(o.step.stage.output, kind)]
 
 
-def _metrics(execution: Execution) -> Iterable[MetricRow]:
-    """Each evaluation beside the same evaluation of the source; the last one of each task and metric counts."""
+def _metrics(execution: Execution) -> tuple[Iterable[MetricRow], list[str]]:
+    """Each evaluation beside the same evaluation of the source, and warnings about those that cannot be paired; the
+    last one of each task and metric counts."""
     rows: dict[tuple[str, str], MetricRow] = {}
+    warnings: list[str] = []
     before: dict[int, Evaluation] = {}
     for index, outcome in execution.outcomes.items():
         if not issubclass(outcome.step.stage.output, Evaluation):
@@ -130,11 +135,15 @@ def _metrics(execution: Execution) -> Iterable[MetricRow]:
         else:
             both = Evaluation(found.source) if found.source else None
             old = both or before.get(outcome.step.position) or _same_on_source(execution, outcome)
-            rows |= {(row.task, row.metric): row for row in metric_rows(old, found)}
+            pairs, said = pair(old, found) if old else ({}, [])
+            warnings += said
+            for row in metric_rows(old, found):
+                key = (row.task, row.metric)
+                rows[key] = row.model_copy(update={"paired": pairs.get(key)})
     if not rows:
         for found in before.values():
             rows |= {(row.task, row.metric): row for row in metric_rows(found, None)}
-    return rows.values()
+    return rows.values(), warnings
 
 
 def _same_on_source(execution: Execution, outcome: Outcome) -> Evaluation | None:
