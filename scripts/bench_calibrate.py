@@ -16,7 +16,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from moecli.engine.sweep import SweptLayer, sweep
 from moecli.families import facts_of
 from moecli.io.reader import FolderCheckpoint
 
-ALL_EXPERTS = ("y_mean",)
-LIGHT = [name for name in FORWARD if name not in ALL_EXPERTS]
+SUMS, COSINES = ("y_mean", "gy_mean"), "gram_cos"
+GRAMS, WEIGHTED = ("x_cov", "h_cov"), ("gx_cov", "gh_cov", "ph_cov", "x_cov_pool")
+LIGHT = [name for name in FORWARD if name not in (*SUMS, COSINES, *GRAMS, *WEIGHTED)]
 ROUTED = "forward + all statistics of routed tokens"
 
 
@@ -66,6 +67,15 @@ class Shape:
     def all_experts_flops(self, tokens: int) -> float:
         """Every expert on every token up to the last product, which is linear: the sum is taken before it."""
         return tokens * self.experts * 4 * self.hidden * self.width
+
+    def cosine_flops(self, tokens: int) -> float:
+        """Every expert on every token, and half of the symmetric matrix of products of their outputs."""
+        return tokens * self.experts * (6 * self.hidden * self.width + self.experts * self.hidden)
+
+    def gram_flops(self, tokens: int, of_x: int = 1, of_h: int = 1, pooled: int = 0) -> float:
+        """So many Gram matrices of inputs and intermediates for each expert and of all inputs, the upper halves."""
+        visits = tokens * self.top_k
+        return visits * (of_x * self.hidden**2 + of_h * self.width**2) + pooled * tokens * self.hidden**2
 
     def output_bytes(self, tokens: int, item: int) -> float:
         """The un-gated outputs of the routed experts, read once."""
@@ -184,7 +194,7 @@ class Row:
 
     def text(self) -> str:
         return (
-            f"{self.work:44} {self.seconds * 1e3:10.2f} ms {self.floor * 1e3:10.2f} ms {self.seconds / self.floor:8.2f}"
+            f"{self.work:46} {self.seconds * 1e3:10.2f} ms {self.floor * 1e3:10.2f} ms {self.seconds / self.floor:8.2f}"
             f" {self.peak / 2**30:9.2f} GiB"
         )
 
@@ -193,7 +203,7 @@ def measure_layers(source: FolderCheckpoint, batches: list[Batch], bench: Bench,
     """Median seconds and largest peak of each work, over all layers but the first."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     peaks = dict.fromkeys(works, 0)
-    for layer in sweep(source, batches, device=bench.device):
+    for layer in sweep(source, batches, device=bench.device, statistics=tuple(FORWARD)):
         for name, work in works.items():
             bench.reset_peak()
             taken = bench.seconds(lambda work=work, layer=layer: work(layer))
@@ -208,8 +218,8 @@ def bare(layer: SweptLayer) -> None:
     layer.outputs()
 
 
-def observing(names: list[str]) -> Callable[[SweptLayer], None]:
-    return lambda layer: layer.observe(collectors(names))
+def observing(names: Sequence[str], on_device: bool = False) -> Callable[[SweptLayer], object]:
+    return lambda layer: layer.observe(collectors(names), on_device=on_device)
 
 
 def main() -> None:
@@ -242,19 +252,28 @@ def rows(
         "forward": bare,
         "forward + counts and gate sums": observing([]),
         ROUTED: observing(LIGHT),
-        "forward + all of these + y_mean": observing([*LIGHT, *ALL_EXPERTS]),
+        "forward + x_cov and h_cov, on the device": observing(GRAMS, on_device=True),
+        "forward + x_cov and h_cov": observing(GRAMS),
+        "all of routed tokens, all Grams, on the device": observing([*LIGHT, *GRAMS, *WEIGHTED], on_device=True),
+        "forward + y_mean and gy_mean": observing(SUMS),
+        "forward + gram_cos": observing([COSINES]),
     }
     forward = shape.layer_flops(tokens, length) / matrix
     read = shape.output_bytes(tokens, dtype.itemsize) / copy
-    floors = (forward, forward, forward + read, forward + read + shape.all_experts_flops(tokens) / matrix)
-    print(f"{'work, one layer':44} {'time':>13} {'floor':>13} {'ratio':>8} {'peak':>13}")
+    grams, all_grams = shape.gram_flops(tokens) / matrix, shape.gram_flops(tokens, 2, 3, 1) / matrix
+    floors = (
+        forward, forward, forward + read, forward + grams, forward + grams, forward + read + all_grams,
+        forward + shape.all_experts_flops(tokens) / matrix, forward + shape.cosine_flops(tokens) / matrix,
+    )  # fmt: skip
+    print(f"{'work, one layer':46} {'time':>13} {'floor':>13} {'ratio':>8} {'peak':>13}")
     found = measure_layers(source, batches, bench, works)
     for (work, (seconds, peak)), floor in zip(found.items(), floors, strict=True):
         yield Row(work, seconds, floor, peak)
     bare_s, stats_s = found["forward"][0], found[ROUTED][0]
     rate = shape.layer_flops(tokens, length) / bare_s
     print(f"bare forward {rate / 1e12:.2f} TFLOP/s, {rate / matrix:.1%} of the matrix rate")
-    print(f"statistics {stats_s / bare_s:.2f} times the bare forward")
+    grams_s = found["forward + x_cov and h_cov, on the device"][0]
+    print(f"statistics {stats_s / bare_s:.2f}, Grams {grams_s / bare_s:.2f} times the bare forward")
     yield from streaming(source, batches, bench, depth, found)
 
 

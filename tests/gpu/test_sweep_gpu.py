@@ -15,7 +15,7 @@ from moecli.engine import fused as fused_module
 from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
 from moecli.engine.loader import Loader
-from moecli.engine.memory import Plan
+from moecli.engine.memory import Plan, fetched
 from moecli.engine.sweep import sweep
 from moecli.families.adapter import decoder_layers, empty_model, load_model, tensor_map
 from moecli.io.formats import put_packed, quantization_config
@@ -24,7 +24,7 @@ from moecli.ops.pack import dequantize, quantize_rtn
 from tests import tiny
 from tests.engine.memory import aliased, open_folder
 from tests.engine.texts import random_batches
-from tests.ops.grouped_cases import compare
+from tests.ops.grouped_cases import compare, compare_gram
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,7 +103,7 @@ def test_fused_statistics_equal_the_stock_modules(
     source, batches = open_folder(folder), random_batches((4, 2), length=32)
     if not padded:
         batches = [Batch(b.input_ids, torch.ones_like(b.attention_mask)) for b in batches]
-    names = [name for name in FORWARD if name != "count"]
+    discrete = ("count", "topk_idx", "coactivation", "transition")
 
     def first(fast: bool) -> Any:
         with monkeypatch.context() as patch:
@@ -117,8 +117,9 @@ def test_fused_statistics_equal_the_stock_modules(
     (found, after), (wanted, stock) = first(True), first(False)
     # Norms differ in the last bit, so a token at the border between two experts may change sides.
     assert int((found.count_E - wanted.count_E).abs().sum()) <= 4
-    errors = {name: relative_error(found[name], wanted[name]) for name in names}
-    assert {name: e for name, e in errors.items() if e > 5e-3} == {}
+    assert float((found["topk_idx"] != wanted["topk_idx"]).double().mean()) < 0.02
+    errors = {name: relative_error(found[name], wanted[name]) for name in FORWARD if name not in discrete}
+    assert {name: e for name, e in errors.items() if e > (1e-2 if name == "act_sample" else 5e-3)} == {}
     assert max(relative_error(a, b) for a, b in zip(after, stock, strict=True)) < 5e-3
 
 
@@ -138,6 +139,19 @@ def test_kernels_equal_their_twins(dtype: torch.dtype, tokens: int, width: int) 
     from moecli.ops.kernels import grouped as fast
 
     compare(fast, dtype, "cuda", tokens, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(37, 72), (1000, 768), (3000, 300)])
+def test_gram_kernel_equals_its_twin(dtype: torch.dtype, tokens: int, width: int) -> None:
+    from moecli.ops.kernels import gram as fast
+
+    compare_gram(fast, dtype, "cuda", tokens, width)
+
+
+def test_large_tensors_come_whole() -> None:
+    source = torch.arange(5 * (64 << 20) // 4 + 7, device="cuda").float().view(-1, 1)
+    assert torch.equal(fetched(source), source.cpu())
 
 
 def test_alias_statistics(tiny_model: Maker) -> None:

@@ -52,7 +52,7 @@ def compare_moments(fast: ModuleType, dtype: torch.dtype, device: str, tokens: i
         wanted = _on_cpu(grouped.moments, values, rows, end_E, gate_S)
         for name, mine, other in zip(grouped.Moments._fields, found, wanted, strict=True):
             torch.testing.assert_close(
-                mine.double(), other.double(), rtol=1e-5, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                mine.double(), other.double(), rtol=1e-5, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
