@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,7 +145,12 @@ def clean(
         from moecli.io.store import RunFolder
 
         folder = RunFolder(run, create=False)
-        _recipe_of(folder.path)
+        if folder.store is not None:
+            shared = os.path.relpath(folder.store)
+            raise UsageError(f"`{run}` shares its stages with the other points of `{shared}`",
+                             hint=f"`moecli clean {shared}` drops those of all points")  # fmt: skip
+        if not (folder.path / "sweep.json").is_file():
+            _recipe_of(folder.path)
         with folder.lock():
             gone: list[Any] = [s for s in folder.stages() if not (keep_stats and s.name.startswith("calibrate/"))]
             removed = [{"stage": s.name, "key": s.key, "bytes": s.bytes()} for s in gone]
@@ -223,11 +229,22 @@ def verify(
 @app.command("eval")
 def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(metavar="A,B", help="lm-eval tasks, separated by commas.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B", help="lm-eval tasks or groups, or quick, moe-papers-8, knowledge, trust, reasoning."
+        ),
+    ],
     include: Annotated[str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First documents of each task only.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest context in tokens.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None, typer.Option(help="Precision to compute in.")
+    ] = None,
+    backend: Annotated[Literal["memory", "streamed", "vllm"] | None, typer.Option(help="What runs the model.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask as in a conversation.")] = False,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
     run_dir: RunDir = None,
     device: Device = None,
@@ -235,7 +252,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Run lm-eval tasks on a model."""
-    given = {"include": include, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+    given = {
+        "include": include, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size,
+        "max_length": max_length, "dtype": dtype, "backend": backend, "chat_template": chat_template or None,
+    }  # fmt: skip
     options: dict[str, Any] = {"tasks": [task.strip() for task in tasks.split(",") if task.strip()]}
     options |= {name: value for name, value in given.items() if value is not None}
     values = {"recipe": 1, "model": model, "seed": seed, "stages": [{"run": "eval/lm-eval", "with": options}]}
@@ -245,10 +265,31 @@ def evaluate(
         from moecli.runner.open import open_loaded
 
         opened = open_loaded(from_values(values, _options_of, lookup.names()))
-        folder = Path(run_dir) if run_dir else Path("runs") / f"eval-{Path(model).name}"
+        folder = Path(run_dir) if run_dir else Path("runs") / f"eval-{_name_of(model)}"
         result = _run(opened, folder, None, None, device, quiet or not ranks.leads, ranks)
     if ranks.leads:
         _print_result(result, json_)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help="A run, one evaluation in it, or lm-eval's results.", show_default=False),
+    ],
+    b: Annotated[
+        str | None, typer.Argument(metavar="[B]", help="The same; without it A's source and A.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare two evaluations document by document."""
+    with _work():
+        from moecli.cli.compare import comparison_text
+        from moecli.runner.compare import compare as compared
+        from moecli.runner.compare import load_sides
+
+        found = compared(*load_sides(a, b))
+    _emit(found.as_json(), lambda: comparison_text(found), json_)
 
 
 @app.command()
@@ -465,6 +506,12 @@ def _print_result(result: RunResult, as_json: bool) -> None:
 
     document = show.result_document(result)
     _emit(document, lambda: show.result_text(result), as_json)
+
+
+def _name_of(model: str) -> str:
+    """What to call a model: its folder's name, the run's for the `model` of a run."""
+    path = Path(model)
+    return path.absolute().parent.name if path.name == "model" and path.is_dir() else path.name
 
 
 def _run_dir(recipe: str, given: str | None) -> Path:

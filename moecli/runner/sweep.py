@@ -12,8 +12,9 @@
     include: [{method: reap, method.keep: 8}]
 
 Points are every combination, in the order written (the last axis turns fastest), less `exclude`, then `include`; there,
-an axis that is not named keeps the base's value. The first of several stages in a place takes over its id. An option
-whose stage a variant does not have does not vary that variant. A point is a recipe like any other: it is validated
+an axis that is not named keeps the base's value. The first stage in another's place takes over its id, unless it has
+one of its own; an option of a stage that a variant does not have does not vary that variant, so `int4: {run:
+quantize/rtn, id: int4}` is one point whatever `method.keep` is. A point is a recipe like any other: it is validated
 whole, and its problems are shown where the value stands, in the sweep or in the base.
 
 The folder of a sweep:
@@ -492,9 +493,14 @@ def _draft(path: str, chosen: Mapping[str, Choice], axes: Mapping[str, Axis], ba
 
 
 def _in_place_of(stage: Piece, pieces: Sequence[Piece]) -> list[Piece]:
-    """A variant's stages; the first one takes over the id of the stage they replace."""
+    """A variant's stages; the first one takes over the id of the stage they replace, unless it has one."""
     identity = stage.value.get("id")
-    if identity is None or not pieces or any(piece.value.get("id") == identity for piece in pieces):
+    if (
+        identity is None
+        or not pieces
+        or any(p.value.get("id") == identity for p in pieces)
+        or pieces[0].value.get("id")
+    ):
         return list(pieces)
     first = Piece({**pieces[0].value, "id": identity}, pieces[0].spans)
     return [first, *pieces[1:]]
