@@ -105,6 +105,14 @@ class CheckpointWriter(ABC):
     def part(self, name: str, write: Callable[[PartWriter], None]) -> None: ...
 
     @abstractmethod
+    def has_part(self, name: str) -> bool:
+        """Whether an earlier run has finished this part."""
+
+    @abstractmethod
+    def read_part(self, name: str) -> dict[str, Tensor]:
+        """What a finished part put, by name."""
+
+    @abstractmethod
     def __enter__(self) -> Self: ...
 
     @abstractmethod

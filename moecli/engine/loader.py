@@ -8,22 +8,29 @@ interpreter from the thread that drives the device (measured: 7 GB/s, and a thir
 Memory is taken and given back on the main stream only, so nothing lands in memory that earlier work still reads.
 Layouts that are more than copied (`families.slots`) go through transformers' own conversion, without reading ahead.
 
+Several processes of one machine read a layer once between them: each copies a block of the spans to its own device, the
+rest is zero there, and one sum over the bytes as integers puts the blocks together, bit for bit. Over several machines
+each process reads all of it, from the page cache that those of one machine share.
+
 Nothing stays resident between layers: a sweep reads each weight once, and another sweep may read other weights.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moecli.core.artifacts import Checkpoint
+from moecli.core.model import TensorSpec
+from moecli.engine.ranks import ALONE, Ranks
 from moecli.families import adapter
 from moecli.families.slots import Slot, Slots, install
 from moecli.io.tensorfile import Entry, read_into
@@ -47,13 +54,15 @@ class Loader:
 
     def __init__(
         self, model: Any, checkpoint: Checkpoint, names: adapter.TensorMap, device: torch.device, ahead: bool,
-        step: int = 1,
+        step: int = 1, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self._model, self._checkpoint, self._names, self._device = model, checkpoint, names, device
         self._slots = Slots(model, checkpoint, names)
         self._ahead, self._step = ahead and device.type == "cuda", step
         self._pending: _Pending | None = None
+        self._places: tuple[int, dict[str, Slot] | None] | None = None
         self._staging = Staging(device) if device.type == "cuda" else None
+        self._ranks = ranks if device.type == "cuda" and ranks.size == ranks.local_size else ALONE
 
     def load(self, index: int) -> nn.Module:
         """The decoder layer with its weights; on CUDA the next one is now on its way."""
@@ -73,6 +82,35 @@ class Loader:
             self._pending = self._start(index)
         except torch.OutOfMemoryError:
             self._ahead = False
+
+    def tensor(self, index: int, name: str) -> Tensor:
+        """A weight of a layer that is loaded, by its on-disk name and in its on-disk form, on the device; not to be
+        written to.
+        """
+        slot = self._slot(index, name)
+        if slot is None:
+            return self._checkpoint.get(name, self._device)
+        return slot.of(self._model.get_parameter_or_buffer(slot.target))
+
+    def linear(self, name: str) -> nn.Module:
+        """The module that multiplies with a weight, by the weight's on-disk name."""
+        return self._model.get_submodule(self._names.targets[name].rpartition(".")[0])
+
+    def put(self, index: int, values: Mapping[str, Tensor]) -> None:
+        """New values for weights of a layer that is loaded, by their on-disk names, each of its old shape."""
+        slots = {name: self._slot(index, name) for name in values}
+        if all(slots.values()):
+            with torch.no_grad():
+                for name, slot in slots.items():
+                    slot.of(self._model.get_parameter_or_buffer(slot.target)).copy_(values[name])
+            return
+        adapter.load_layer(self._model, _Changed(self._checkpoint, values), self._names, index, self._device)
+
+    def _slot(self, index: int, name: str) -> Slot | None:
+        if self._places is None or self._places[0] != index:
+            slots = self._slots.of(index)
+            self._places = index, None if slots is None else {slot.name: slot for slot in slots}
+        return None if self._places[1] is None else self._places[1][name]
 
     def free(self, index: int) -> None:
         """The layer's memory back; buffers stay."""
@@ -95,6 +133,7 @@ class Loader:
             piece.result()
         if self._staging is not None:
             self._staging.join()
+            self._ranks.combine([(_as_integers(value), "sum") for value in pending.values.values()])
         return pending.values
 
     def _start(self, index: int) -> _Pending | None:
@@ -107,9 +146,36 @@ class Loader:
             for slot in slots:
                 read_slot(self._checkpoint, slot, slot.of(values[slot.target]))
             return _Pending(index, values, [])
+        if self._ranks.size > 1:
+            torch._foreach_zero_(list(values.values()))
         self._staging.follow()
         parts = [(slot.name, slot.of(values[slot.target])) for slot in slots]
-        return _Pending(index, values, self._staging.send(self._checkpoint, parts))
+        return _Pending(index, values, self._staging.send(self._checkpoint, parts, self._ranks))
+
+
+class _Changed(Checkpoint):
+    """A checkpoint with other values for some of its tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, values: Mapping[str, Tensor]) -> None:
+        self.facts, self.config = checkpoint.facts, checkpoint.config
+        self._checkpoint, self._values = checkpoint, values
+
+    def names(self) -> Iterable[str]:
+        return self._checkpoint.names()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._checkpoint.spec(name)
+
+    def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        if name in self._values:
+            return self._values[name].to(device)
+        return self._checkpoint.get(name, device)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.get(name)[start:stop].cpu() if name in self._values else self._checkpoint.rows(name, start, stop)
+
+    def side_files(self) -> Mapping[str, str]:
+        return self._checkpoint.side_files()
 
 
 def read_slot(checkpoint: Checkpoint, slot: Slot, target: Tensor) -> None:
@@ -183,16 +249,20 @@ class Staging:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def send(self, checkpoint: Checkpoint, parts: Iterable[tuple[str, Tensor]]) -> list[Future[None]]:
-        """Begin to copy tensors to their places on the device; those that are computed, not stored, one by one."""
-        pieces, jobs = [], []
+    def send(
+        self, checkpoint: Checkpoint, parts: Iterable[tuple[str, Tensor]], ranks: Ranks = ALONE
+    ) -> list[Future[None]]:
+        """Begin to copy this rank's block of tensors to their places on the device; computed ones go one by one."""
+        pieces: list[Piece] = []
+        computed: list[Callable[[], None]] = []
         for name, target in parts:
             entry = _entry(checkpoint, name)
             if entry is None:
-                jobs.append(self._pool.submit(self._computed, checkpoint, name, target))
+                computed.append(partial(self._computed, checkpoint, name, target))
             else:
                 pieces += list(_pieces(entry, target.view(-1)))
-        return [self._pool.submit(self._span, span) for span in spans(pieces)] + jobs
+        jobs = [*(partial(self._span, span) for span in spans(pieces)), *computed]
+        return [self._pool.submit(job) for job in ranks.split(jobs)]
 
     def _span(self, span: list[Piece]) -> None:
         buffer, copied = self._buffer()
@@ -239,6 +309,12 @@ def _pieces(entry: Entry, flat: Tensor) -> Iterator[Piece]:
 def _entry(checkpoint: Checkpoint, name: str) -> Entry | None:
     find = getattr(checkpoint, "entry", None)
     return None if find is None else find(name)
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """The same memory in the widest integers that fit: sums with zeros keep every bit."""
+    raw = tensor.view(-1).view(torch.uint8)
+    return raw.view(torch.int64) if len(raw) % 8 == 0 and raw.storage_offset() % 8 == 0 else raw
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -132,7 +132,7 @@ def packed_specs(
 
 def put_packed(part: PartWriter, weight_name: str, codes_NK: Tensor, scale_NG: Tensor, bits: int) -> None:
     """Write codes and scales in place of the parent's 2-D weight."""
-    _put(part, weight_name, pack_rows(codes_NK, bits), scale_NG, codes_NK.shape, bits)
+    put_words(part, weight_name, pack_rows(codes_NK, bits), scale_NG, codes_NK.shape, bits)
 
 
 def put_packed_stack(
@@ -143,10 +143,13 @@ def put_packed_stack(
 
     `transposed`: it is [E, K, N].
     """
-    _put(part, weight_name, packed_ENW, scale_ENG, (*shape, int(transposed)), bits)
+    put_words(part, weight_name, packed_ENW, scale_ENG, (*shape, int(transposed)), bits)
 
 
-def _put(part: PartWriter, weight_name: str, packed: Tensor, scale: Tensor, shape: Sequence[int], bits: int) -> None:
+def put_words(
+    part: PartWriter, weight_name: str, packed: Tensor, scale: Tensor, shape: Sequence[int], bits: int
+) -> None:
+    """Write what `pack_rows` made of a 2-D weight of this shape in place of it."""
     import torch
 
     names = packed_names(weight_name)

@@ -63,6 +63,12 @@ class OverlayWriter(CheckpointWriter):
         written = read_json(record, hint=redo_hint(self.folder))["tensors"]
         return written is None or (tensors.is_file() and tensors.stat().st_size == written["bytes"])
 
+    def read_part(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        tensors = self.folder / f"{name}.safetensors"
+        return load_file(tensors) if tensors.is_file() else {}
+
     def part(self, name: str, write: Callable[[PartWriter], None]) -> None:
         if name in self._parts or file_safe(name) == "overlay":
             raise ValueError(f"there is a part `{name}` already")

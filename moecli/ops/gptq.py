@@ -39,6 +39,10 @@ class Factor(NamedTuple):
     tries_E: Tensor
     """int64, index into `DAMPS` of the damping that worked; len(DAMPS) where none did: plain rounding"""
 
+    def expanded(self, experts: int) -> Factor:
+        """The one factor for each of so many matrices, without a copy."""
+        return Factor(*(values.expand(experts, *values.shape[1:]) for values in self))
+
 
 class Solved(NamedTuple):
     """Codes of each matrix and what they cost."""

@@ -11,15 +11,15 @@ from torch import Tensor
 INT_BITS = (2, 3, 4, 8)
 
 
-def quantize_rtn(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize_rtn(weight_NK: Tensor, bits: int, group_size: int, shrink: bool = False) -> tuple[Tensor, Tensor]:
     """Symmetric round-to-nearest: codes_NK int8 in [-2^(b-1), 2^(b-1)-1] and scale_NG in the weight's dtype.
 
     scale = max|w| / ((2^b - 1) / 2) per group, cast to the weight's dtype *before* it divides, so that the
     codes are the best ones for the scale that is stored (compressed-tensors' symmetric grid, quantize.md 1.2).
-    A group of zeros gets scale 1. Leading batch dimensions are allowed. Raises ValueError when `group_size`
-    does not divide K.
+    A group of zeros gets scale 1; `shrink`: see `group_scale`. Leading batch dimensions are allowed. Raises ValueError
+    when `group_size` does not divide K.
     """
-    scale = group_scale(weight_NK, bits, group_size)
+    scale = group_scale(weight_NK, bits, group_size, shrink)
     grouped = weight_NK.float().unflatten(-1, (-1, group_size))
     return _codes(grouped, scale.float(), bits).to(torch.int8).flatten(-2), scale
 

@@ -1,0 +1,74 @@
+"""What goes into the linears of a layer that are no routed experts: Gram matrices of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moecli.engine.collectors import Collector, Grouped, LayerShape
+from moecli.engine.sweep import SweptLayer
+from moecli.ops import gram
+
+
+class InputGrams(Collector):
+    """Sum over all tokens of x x^T for the input x of each of some linears, [C, C] on the device, padding left out.
+
+    Linears that are fed the same tensor one after the other (q, k, v; gate, up) share one matrix. As a collector it
+    only starts anew when the others do, and sees the text of one process; `watching` puts the hooks in place.
+    """
+
+    name = "input_grams"
+    routed = False
+
+    def __init__(self, layer: SweptLayer, modules: Mapping[str, nn.Module]) -> None:
+        self._layer, self._modules = layer, modules
+        self._totals: dict[str, Tensor] = {}
+        self._leader: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def start(self, shape: LayerShape | None, device: torch.device) -> None:
+        self.total = torch.zeros(())
+        self._totals, self._leader, self._last = {}, {}, None
+
+    def update(self, grouped: Grouped) -> None:
+        self._last = None
+
+    def result(self) -> dict[str, Tensor]:
+        return {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, module in self._modules.items():
+                handle = module.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
+                hooks.callback(handle.remove)
+            yield
+        self._last = None
+
+    def _see(self, name: str, x: Tensor) -> None:
+        if self._last is not None and self._last[1] is x:
+            self._leader[name] = self._last[0]
+            return
+        self._last, self._leader[name] = (name, x), name
+        rows = x.reshape(-1, x.shape[-1])
+        if self._layer.rows is not None:
+            rows = rows[self._layer.rows]
+        if name not in self._totals:
+            dtype = torch.float32 if x.is_cuda else torch.float64
+            self._totals[name] = torch.zeros(1, x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
+        end_1 = torch.full((1,), len(rows), dtype=torch.int32, device=x.device)
+        gram.add(self._totals[name], rows, None, end_1)
+
+    def sharing(self) -> dict[str, list[str]]:
+        """First of the linears that share an input -> all of them, in the order they ran."""
+        found: dict[str, list[str]] = {}
+        for name, leader in self._leader.items():
+            found.setdefault(leader, []).append(name)
+        return found
+
+    def matrix(self, leader: str) -> Tensor:
+        """float32 [C, C]"""
+        return gram.whole(self._totals[leader])[0].float()

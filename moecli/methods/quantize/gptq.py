@@ -1,0 +1,306 @@
+"""Round weights so that each layer's outputs change least, column by column, all experts of a layer at once (GPTQ).
+
+H = mean of x x^T over the inputs of a matrix; what rounding a column loses is made good by the columns behind it.
+Scales and layout are those of `quantize/rtn`: max|w| / ((2^bits - 1) / 2) per group, of the weights as they were
+(static groups), columns in the order of falling diagonal of H (`act_order`), which needs no `g_idx`. Layers are
+quantized in order and each sees what the quantized ones before it make; all matrices of one layer are calibrated on its
+unquantized form, or with `true_sequential` attention first, then gate and up, then down.
+
+Which inputs an expert is calibrated on (`hessian`): `routed` its own tokens, `affinity` its own tokens weighted by the
+router's weight (MoEQuant, arXiv 2505.03804), `all` every token of the layer for gate and up. An expert with few tokens
+is never zeroed and never silently rounded. With n tokens, C inputs, m = C / 4, per matrix:
+
+    own     n >= max(m, 256)       its own H
+    mixed   32 <= n                n / (n + m) of its own H and m / (n + m) of the layer's mean H
+    pooled  n < 32                 the layer's mean H
+    rtn     H is not finite, or has no Cholesky factor at 100 times the damping: rounded to nearest
+
+For down projections the layer's mean is over the inputs of all experts' down projections. Counts of each class are in
+the report, as `classes` by layer.
+
+Source: arXiv 2210.17323. The ladder for experts with few tokens is ours. Columns whose input was always zero are
+rounded, where published code sets them to zero.
+
+- run: quantize/gptq
+  with: {bits: 4, group_size: 128}
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from moecli.core.artifacts import Artifact, CalibrationText, Checkpoint, LayerStats, Packed, PartWriter
+from moecli.core.context import Context
+from moecli.core.errors import StageFailed
+from moecli.core.stage import RunSetting, stage
+from moecli.engine.collectors import collectors
+from moecli.engine.data import batches_of
+from moecli.engine.linears import InputGrams
+from moecli.engine.sweep import SweptLayer, sweep
+from moecli.families import Linear, family_of
+from moecli.io.formats import packed_names, put_packed_stack, put_words
+from moecli.methods.quantize import Quantize, packed_config, targets
+from moecli.ops.gptq import DAMPS, factor, solve
+from moecli.ops.pack import dequantize, group_scale, pack_rows, unpack_rows
+
+FEW = 32
+"""Tokens below which an expert's own Hessian says nothing."""
+ENOUGH = 256
+"""Tokens from which on it is used alone, if they are a quarter of the inputs too."""
+SLAB_BYTES = 4 << 30
+"""fp32 matrices of experts held at a time: weights, Hessians and their factors."""
+
+
+class Gptq(Quantize):
+    """Options of `quantize/gptq`."""
+
+    hessian: Literal["routed", "affinity", "all"] = "routed"
+    """Inputs that routed experts are calibrated on."""
+    act_order: bool = True
+    """Round columns by falling diagonal of H, in place of their own order."""
+    damp: Annotated[float, Field(gt=0)] = 0.01
+    """Share of H's mean diagonal that is added to its diagonal."""
+    shrink: bool = False
+    """Search each scale among 80 smaller ones for the least |error|^2.4, in place of the largest weight's."""
+    true_sequential: bool = False
+    """Calibrate each part of a layer behind the quantized parts before it; takes two more passes a layer."""
+    batch_size: Annotated[PositiveInt, RunSetting()] = 8
+    """Sequences per forward pass."""
+
+
+@stage("quantize/gptq", version=1)
+def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, ctx: Context) -> Checkpoint:
+    specs = {name: model.spec(name) for name in model.names()}
+    chosen = targets(opt, model.config, specs)
+    classes: dict[str, dict[str, int]] = {}
+    swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track)
+    with ctx.writer(model, config=packed_config(opt, model, specs)) as out:
+        for layer in swept:
+            name = f"layer-{layer.index:03d}"
+            work = _Layer(opt, layer, [x for x in chosen if x.layer == layer.index], model)
+
+            def write(part: PartWriter, work: _Layer = work, name: str = name) -> None:
+                work.quantize(part)
+                ctx.part(f"classes-{name}", Classes, lambda: work.classes)
+
+            finished = out.has_part(name)
+            out.part(name, write)
+            if finished:
+                work.take(out.read_part(name))
+            layer.rewrite(work.dense)
+            classes[str(layer.index)] = dict(
+                ctx.part(f"classes-{name}", Classes, lambda work=work: work.classes).counts
+            )
+    for line in swept.report():
+        ctx.note(line)
+    _report(classes, ctx)
+    return out.checkpoint
+
+
+def _report(classes: Mapping[str, Mapping[str, int]], ctx: Context) -> None:
+    ctx.record("classes", classes)
+    total = sum((Counter(counts) for counts in classes.values()), Counter())
+    unusual = {name: count for name, count in total.items() if name != "own"}
+    if unusual:
+        words = ", ".join(f"{count} {name}" for name, count in sorted(unusual.items()))
+        ctx.note(f"of {total.total()} matrices {total['own']} were calibrated on their own tokens alone; {words}")
+
+
+class Classes(Artifact):
+    """How many matrices of a layer were calibrated how."""
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = dict(counts)
+
+    def pack(self) -> Packed:
+        return Packed({}, {"counts": self.counts})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Self:
+        return cls(packed.meta["counts"])
+
+
+class Stack(NamedTuple):
+    """Matrices that are quantized together: one, or those of all experts."""
+
+    names: Sequence[str]
+    """On-disk name of each matrix, or of the one tensor that holds all of them."""
+    linear: Linear
+    """The first of them."""
+
+
+class Hessians(NamedTuple):
+    """H of each matrix of some stacks, one for all of them where it is the same."""
+
+    value_ECC: Tensor
+    classes: Sequence[str]
+
+
+class _Layer:
+    """One layer: its stacks, their Hessians, and what they become."""
+
+    def __init__(self, opt: Gptq, layer: SweptLayer, linears: Sequence[Linear], model: Checkpoint) -> None:
+        self._opt, self._layer, self._model = opt, layer, model
+        self._specs = {linear.name: model.spec(linear.name) for linear in linears}
+        self._others = [linear for linear in linears if linear.role != "expert"]
+        self._experts = _stacks([linear for linear in linears if linear.role == "expert"], model, layer.index)
+        self.dense: dict[str, Tensor] = {}
+        """New values by on-disk name."""
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def classes(self) -> Classes:
+        return Classes(self._counts)
+
+    def quantize(self, part: PartWriter) -> None:
+        for others, projections in self._phases():
+            grams, stats = self._observed(others, projections)
+            for leader, names in grams.sharing().items():
+                stacks = [Stack([x.name], x) for x in others if x.name in names]
+                self._solve(part, stacks, Hessians(grams.matrix(leader)[None], ["own"]))
+            for linear in others:
+                if not any(linear.name in names for names in grams.sharing().values()):
+                    raise StageFailed(
+                        f"nothing went into `{linear.name}`", where=f"layer {self._layer.index}",
+                        hint="quantize with `quantize/rtn`",
+                    )  # fmt: skip
+            for projection in projections:
+                self._solve(part, self._experts[projection], self._hessians(projection, stats))
+            if self._opt.true_sequential:
+                self._layer.rewrite(self.dense)
+
+    def _phases(self) -> list[tuple[list[Linear], list[str]]]:
+        """Linears and projections of experts that are calibrated in one pass."""
+        projections = [p for p in ("in", "out") if self._experts.get(p)]
+        if not self._opt.true_sequential:
+            return [(self._others, projections)]
+        attention = [x for x in self._others if x.role == "attention"]
+        rest = [x for x in self._others if x.role != "attention"]
+        return [(attention, []), (rest, projections[:1]), ([], projections[1:])]
+
+    def _observed(self, others: Sequence[Linear], projections: Sequence[str]) -> tuple[InputGrams, LayerStats | None]:
+        """One pass over the layer for the matrices of a phase."""
+        grams = InputGrams(self._layer, {x.name: self._layer.linear(x.name) for x in others})
+        own = {"in": () if self._opt.hessian == "all" else (self._gram("in"),), "out": (self._gram("out"),)}
+        wanted = [name for projection in projections for name in own[projection]]
+        with grams.watching():
+            if not projections:
+                self._layer.watch(lambda: grams.start(None, None))
+                return grams, None
+            pool = ["x_cov_pool"] if "in" in projections else []
+            return grams, self._layer.observe([grams, *collectors([*pool, *wanted])], on_device=True)
+
+    def _gram(self, projection: str) -> str:
+        """The statistic that holds the Gram matrices of these inputs."""
+        weighted = "g" if self._opt.hessian == "affinity" else ""
+        return {"in": f"{weighted}x_cov", "out": f"{weighted}h_cov"}[projection]
+
+    def _hessians(self, projection: str, stats: LayerStats) -> Hessians:
+        """H of every expert for its inputs (`in`: gate and up) or what is inside (`out`: down), by the ladder."""
+        if projection == "in" and self._opt.hessian == "all":
+            return Hessians(stats["x_cov_pool"] / stats.tokens, ["own"])
+        total_ECC = stats[self._gram(projection)]
+        device = total_ECC.device
+        count_E = stats.count_E.to(device)
+        weight_E = stats.gate_sum_E.to(device).float() if self._opt.hessian == "affinity" else count_E.float()
+        if projection == "in":
+            pool_CC = stats["x_cov_pool"][0] / stats.tokens
+        else:
+            pool_CC = total_ECC.sum(0) / weight_E.sum().clamp(min=1e-30)
+        return _ladder(total_ECC, weight_E, count_E, pool_CC)
+
+    def _solve(self, part: PartWriter, stacks: Sequence[Stack], hessians: Hessians) -> None:
+        """Codes of stacks that share their Hessians, so many matrices at a time that SLAB_BYTES are not exceeded."""
+        weights = [self._weights(stack) for stack in stacks]
+        count, _, columns = weights[0].shape
+        rows = max(weight.shape[1] for weight in weights)
+        shared = len(hessians.value_ECC) == 1
+        step = max(1, SLAB_BYTES // (4 * (6 * columns * columns * (not shared) + 5 * rows * columns)))
+        classes = [*hessians.classes] * (count if shared else 1)
+        coded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stacks]
+        found = None
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            if found is None or not shared:
+                some_ECC = hessians.value_ECC if shared else hessians.value_ECC[start:end]
+                found = factor(some_ECC, self._opt.damp, self._opt.act_order)
+                failed = (found.tries_E == len(DAMPS)).tolist() * (count if shared else 1)
+                classes[start : start + len(failed)] = [
+                    "rtn" if bad else old for bad, old in zip(failed, classes[start:], strict=False)
+                ]
+            bits = self._opt.of_role(stacks[0].linear.role)
+            for weight_ERC, pieces in zip(weights, coded, strict=True):
+                some_ERC = weight_ERC[start:end]
+                scale_ERG = group_scale(some_ERC, bits, self._opt.group_size, self._opt.shrink)
+                use = found if len(found.order_EC) == end - start else found.expanded(end - start)
+                pieces.append((solve(some_ERC, scale_ERG, use, bits).codes_ERC, scale_ERG))
+        for stack, pieces in zip(stacks, coded, strict=True):
+            codes_ERC, scale_ERG = (torch.cat(some) for some in zip(*pieces, strict=True))
+            self._put(part, stack, codes_ERC, scale_ERG)
+            self._counts.update(classes)
+
+    def _weights(self, stack: Stack) -> Tensor:
+        """[E, R, C] on the device"""
+        found = [self._layer.tensor(name) for name in stack.names]
+        if found[0].dim() == 3:
+            return found[0].mT if stack.linear.transposed else found[0]
+        return torch.stack(found)
+
+    def _put(self, part: PartWriter, stack: Stack, codes_ERC: Tensor, scale_ERG: Tensor) -> None:
+        bits, transposed = self._opt.of_role(stack.linear.role), stack.linear.transposed
+        words_ERW = pack_rows(codes_ERC, bits).cpu()
+        scales = scale_ERG.cpu()
+        dense_ERC = dequantize(codes_ERC, scale_ERG)
+        if len(self._specs[stack.linear.name].shape) == 3:
+            shape = self._specs[stack.linear.name].shape
+            put_packed_stack(part, stack.names[0], words_ERW, scales, shape, bits, transposed)
+            self.dense[stack.names[0]] = dense_ERC.mT if transposed else dense_ERC
+            return
+        for name, words, scale, dense in zip(stack.names, words_ERW, scales, dense_ERC, strict=True):
+            put_words(part, name, words, scale, codes_ERC.shape[1:], bits)
+            self.dense[name] = dense
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """The new values from what an earlier run has written."""
+        stacks = [Stack([x.name], x) for x in self._others] + [s for some in self._experts.values() for s in some]
+        for stack in stacks:
+            bits, transposed = self._opt.of_role(stack.linear.role), stack.linear.transposed
+            for name in stack.names:
+                packed, scale, _ = packed_names(name)
+                shape = self._specs[stack.linear.name].shape
+                columns = shape[-2] if transposed else shape[-1]
+                dense = dequantize(unpack_rows(tensors[packed], bits, columns), tensors[scale])
+                self.dense[name] = dense.mT if transposed else dense
+
+
+def _ladder(total_ECC: Tensor, weight_E: Tensor, count_E: Tensor, pool_CC: Tensor) -> Hessians:
+    """H of each expert, mixed with the layer's mean by the number of its tokens."""
+    quarter = total_ECC.shape[-1] / 4
+    few_E, enough_E = count_E < FEW, count_E >= max(quarter, ENOUGH)
+    share_E = (count_E / (count_E + quarter)).masked_fill(enough_E, 1.0).masked_fill(few_E, 0.0).float()
+    own_E = share_E / weight_E.clamp(min=1e-30)
+    value_ECC = total_ECC.mul_(own_E[:, None, None]).add_((1 - share_E)[:, None, None] * pool_CC)
+    names = ["pooled" if few else "own" if enough else "mixed" for few, enough in zip(few_E, enough_E, strict=True)]
+    return Hessians(value_ECC, names)
+
+
+def _stacks(linears: Sequence[Linear], model: Checkpoint, layer: int) -> dict[str, list[Stack]]:
+    """Stacks of a layer's experts by what they are fed: the layer's input (`in`) or what is inside (`out`)."""
+    if not linears:
+        return {}
+    family = family_of(model.config)
+    by_name = {linear.name: linear for linear in linears}
+    form = family.layout(by_name, layer)
+    if len(model.spec(linears[0].name).shape) == 3:
+        gate_up, down = form.names_of(0)[:2]
+        return {"in": [Stack([gate_up], by_name[gate_up])], "out": [Stack([down], by_name[down])]}
+    of_experts = [form.names_of(e) for e in range(family.experts_in(layer))]
+    gate, up, down = ([names[i] for names in of_experts] for i in range(3))
+    stacks = [Stack(names, by_name[names[0]]) for names in (gate, up, down)]
+    return {"in": stacks[:2], "out": stacks[2:]}
