@@ -231,9 +231,7 @@ def evaluate(
     model: Model,
     tasks: Annotated[
         str,
-        typer.Option(
-            metavar="A,B", help="lm-eval tasks or groups, or quick, moe-papers-8, knowledge, trust, reasoning."
-        ),
+        typer.Option(metavar="A,B", help="lm-eval tasks or groups; quick, moe-papers-8, knowledge, trust, reasoning."),
     ],
     include: Annotated[str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First documents of each task only.")] = None,

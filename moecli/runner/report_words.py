@@ -328,7 +328,7 @@ def paired_texts(row: MetricRow) -> tuple[str, str, str, str]:
     if paired is None:
         return "–", "–", "–", "–"
     ratio = paired.scale == "ratio"
-    ends = [number_text(end, signed=not ratio, size=row.after) if end is not None else "" for end in
+    ends = [number_text(end, signed=not ratio, size=1.0 if ratio else row.after) if end is not None else "" for end in
             (paired.low, paired.high)]  # fmt: skip
     interval = f"{'× ' if ratio else ''}[{ends[0]}, {ends[1]}]" if all(ends) else "–"
     counts = ["–" if count is None else f"{count:,}" for count in (paired.lost, paired.gained)]
