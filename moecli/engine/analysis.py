@@ -21,7 +21,7 @@ from torch import Tensor
 from moecli.core.artifacts import CalibrationText, Checkpoint, LayerStats
 from moecli.core.errors import UsageError
 from moecli.engine.collectors import Grouped, LayerShape, collectors
-from moecli.engine.collectors.base import Collector, Total
+from moecli.engine.collectors.base import Total
 from moecli.engine.data import batches_of
 from moecli.engine.sweep import Track, sweep
 from moecli.families import adapter, family_of, linears_of
@@ -80,7 +80,7 @@ class TopMass(Total):
         return grouped.softmax_TE.topk(grouped.choice_Tk.shape[1]).values.sum(dtype=torch.float64)[None]
 
 
-class FirstAbsMax(Collector):
+class FirstAbsMax(Total):
     """max over samples of max|y| of the first token of each sample that an expert gets. float32 [E].
 
     What the published profile code of Super Experts reads, which looks at one row of an expert's output; `absmax` is
@@ -90,16 +90,22 @@ class FirstAbsMax(Collector):
     name = "absmax_first"
     needs = frozenset({"outputs"})
     routed = True
+    reduce = "max"
+    dtype = torch.float32
 
     def __init__(self, samples: int, tokens: int) -> None:
         self._samples, self._tokens = samples, tokens
 
     def start(self, shape: LayerShape, device: torch.device) -> None:
+        super().start(shape, device)
         size = (self._samples, shape.experts + 1)  # the last one for what is no visit
         self._first_NE = torch.full(size, torch.iinfo(torch.int64).max, device=device)
         self._value_NE = torch.zeros(size, device=device)
 
     def update(self, grouped: Grouped) -> None:
+        self.total = self.of(grouped)
+
+    def of(self, grouped: Grouped) -> Tensor:
         token_S = grouped.token_T.to(self._first_NE.device)[grouped.row_S]
         place_S = token_S // self._tokens * self._first_NE.shape[1] + grouped.expert_S
         first, value = self._first_NE.view(-1), self._value_NE.view(-1)
@@ -107,9 +113,7 @@ class FirstAbsMax(Collector):
         # Of two slots of one place only one has the smallest token: a token visits an expert once.
         place_S = place_S.where(first[place_S] == token_S, self._first_NE.shape[1] - 1)
         value[place_S] = grouped.largest_S
-
-    def result(self) -> dict[str, Tensor]:
-        return {self.name: self._value_NE[:, :-1].amax(0).cpu()}
+        return self._value_NE[:, :-1].amax(0)
 
 
 def analyse(
@@ -177,6 +181,29 @@ def expert_bytes(checkpoint: Checkpoint) -> dict[int, float]:
             names = [linear.name] if linear.name in stored else packed_names(linear.name)
             total[linear.layer] += sum(checkpoint.spec(name).bytes for name in names)
     return {layer: size / family.experts_in(layer) for layer, size in total.items()}
+
+
+# -- questions to a document
+
+
+def layer_mean(document: Document, name: str) -> float | None:
+    """Mean over layers of a number of theirs; None when a layer lacks it."""
+    values = [layer[name] for layer in document["layers"].values()]
+    return None if None in values else sum(values) / len(values)
+
+
+def experts_within(document: Document, size: float) -> int:
+    """Experts of one layer that a cache of `size` bytes holds."""
+    cache = document["locality"]["cache"]
+    return min(int(size / cache["expert_bytes"] + 1e-9), len(cache["capacity"]))
+
+
+def hit_rate(document: Document, curve: str, experts: int) -> tuple[float, float | None]:
+    """Of a cache of this many experts in each layer, and its standard error over samples."""
+    if experts < 1:
+        return 0.0, None
+    found = document["locality"]["cache"]["model"][curve]
+    return found["rate"][experts - 1], found["stderr"][experts - 1]
 
 
 # -- one layer
@@ -320,8 +347,10 @@ def _curve(rate_NE: np.ndarray, seed: int, capacity: np.ndarray | None = None) -
     """Mean over samples at every capacity, with its interval."""
     rate_NE = rate_NE if capacity is None else rate_NE[:, capacity - 1]
     bounds = [locality.mean_interval(rate_N, DRAWS, seed) for rate_N in rate_NE.T]
+    error_E = rate_NE.std(0, ddof=1) / len(rate_NE) ** 0.5 if len(rate_NE) > 1 else np.full(rate_NE.shape[1], np.nan)
     return {
         "rate": rate_NE.mean(0).tolist(),
+        "stderr": [None if math.isnan(error) else float(error) for error in error_E],
         "low": [max(0.0, low) for low, _ in bounds],
         "high": [min(1.0, high) for _, high in bounds],
     }

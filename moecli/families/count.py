@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from moecli.core.errors import SurroundingsError
@@ -72,7 +72,7 @@ class _Counter:
         ]
         if not wide:
             raise SurroundingsError(f"`{name}` is packed and config.json does not say with how many bits")
-        nearest = max(wide, key=lambda other: len(commonprefix([other, name])))
+        nearest = max(wide, key=lambda other: _shared_parts(other, name))
         return round(self._specs[packed_names(nearest).packed].shape[-1] * 32 / self._hidden)
 
     def matrix(self, name: str) -> Matrix:
@@ -118,6 +118,12 @@ class _Counter:
         kinds = self._family.config.get("layer_types") or []
         sliding = index < len(kinds) and kinds[index] == "sliding_attention"
         return self._family.config.get("sliding_window") if sliding else None
+
+
+def _shared_parts(first: str, second: str) -> int:
+    """Parts of two paths that are equal, from the left."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _attention(by_end: Mapping[str, Matrix]) -> dict[str, int]:

@@ -24,13 +24,18 @@ VALUES = {"keep": 4, "bits": 4, "tasks": ["tiny_choice"]}
 OVERRIDES = {
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
+    "quantize/gptq": {"group_size": 16},
     "quantize/rtn": {"group_size": 16},
     "eval/lm-eval": {"limit": 4},
     "eval/perplexity": {"window": 32},
     "eval/fidelity": {"window": 32},
     "eval/bits-per-character": {"window": 64, "stride": 32},
     "eval/information-capacity": {"tokens": 64},
+    "eval/routing": {"samples": 4, "tokens_per_sample": 32, "windows": [4, 16]},
+    "eval/speed": {"batch_sizes": [1], "prompt": 8, "new_tokens": 2, "repeats": 2},
 }
+TIMED = ("eval/lm-eval", "eval/speed")
+"""Stages whose artifacts hold times of day, or times that work took."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,7 @@ def test_a_stage_is_deterministic_and_documented(name, material, tiny_model, tmp
     path = write_recipe(tmp_path, tiny_model("qwen3_moe"), ways_to(name, material))
     first = digest_of(execute(path, tmp_path / "a")[1])
     second = digest_of(execute(path, tmp_path / "b")[1])
-    volatile = {f for f in first if "results" in f or (f == "artifact.json" and name == "eval/lm-eval")}
+    volatile = {f for f in first if "results" in f or (f == "artifact.json" and name in TIMED)}
     assert first.keys() == second.keys()
     assert {f: d for f, d in first.items() if f not in volatile} == {
         f: d for f, d in second.items() if f not in volatile
