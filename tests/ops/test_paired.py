@@ -63,7 +63,7 @@ def test_error_of_a_ratio_is_the_spread_of_the_bootstrap():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_interval_is_scipys_percentile_interval_with_wider_tails(weighted):
     rng = np.random.default_rng(5)
-    count = 40
+    count = 8
     weights = rng.integers(50, 500, size=count).astype(float) if weighted else np.ones(count)
     one = stratum(weights * rng.exponential(0.1, size=count), weights)
     tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.025, count - 1))
