@@ -81,6 +81,9 @@ class ModelSketch:
     planned: int | None = None
     """Experts per layer that a `cluster/...` stage has decided on and no `merge/...` has applied yet."""
 
+    uneven: bool = False
+    """Whether layers may keep different numbers of experts: then counts here are their mean."""
+
     @property
     def bytes(self) -> int:
         return sum(spec.bytes for spec in self.specs.values())

@@ -11,7 +11,7 @@ CHUNK_BYTES = 256 << 20
 
 def mixed(value_E: Tensor, share_KE: Tensor) -> Tensor:
     """sum_e share_ke value_e: [E, ...] -> float32 [K, ...]. One matrix product for all groups, in slices of columns."""
-    flat_EX = value_E.flatten(1)
+    flat_EX = value_E.reshape(len(value_E), -1)
     step = max(1, CHUNK_BYTES // (4 * len(flat_EX)))
     share_KE = share_KE.to(flat_EX.device, torch.float32)
     parts = [share_KE @ flat_EX[:, start : start + step].float() for start in range(0, flat_EX.shape[1], step)]

@@ -260,8 +260,10 @@ def _sketch_before(inputs: Mapping[str, int], steps: Sequence[Step], source: Mod
     made = {i: source if i == SOURCE else steps[i].sketch for i in inputs.values()}
     checkpoints = [i for i in inputs.values() if i == SOURCE or steps[i].writes_weights]
     sketch = made[checkpoints[0]] if checkpoints else next(iter(made.values()), source)
-    planned = next((made[i].planned for i in inputs.values() if i != SOURCE and made[i].planned), None)
-    return replace(sketch, planned=planned)
+    plans = [made[i] for i in inputs.values() if i != SOURCE and made[i].planned]
+    if not plans:
+        return replace(sketch, planned=None)
+    return replace(sketch, planned=plans[0].planned, uneven=sketch.uneven or plans[0].uneven)
 
 
 def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence[Step], seed: int) -> Step | None:

@@ -27,7 +27,7 @@ def means(points):
 
 def test_close_mean_outputs_share_a_cluster(context):
     points = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 1.0], [9.0, 3.0]], dtype=torch.float64)
-    plan = hc_smoe(HcSmoe(keep=2), means(points), context())[0]
+    plan = hc_smoe(HcSmoe(keep=2, protect="none"), means(points), None, context())[0]
     assert plan.group_E.tolist() == [0, 1, 0, 1]
     assert plan.share_E.tolist() == pytest.approx([1 / 3, 1, 2 / 3, 0])
     assert plan.lead_K.tolist() == [0, 1]
@@ -35,7 +35,7 @@ def test_close_mean_outputs_share_a_cluster(context):
 
 def test_the_lead_is_the_member_nearest_to_the_mean_and_leads_ascend(context):
     points = torch.tensor([[4.0, 0.0], [0.0, 0.0], [2.1, 0.0], [50.0, 0.0]], dtype=torch.float64)
-    plan = hc_smoe(HcSmoe(keep=2), means(points), context())[0]
+    plan = hc_smoe(HcSmoe(keep=2, protect="none"), means(points), None, context())[0]
     assert plan.lead_K.tolist() == [2, 3]
     assert plan.group_E.tolist() == [0, 0, 0, 1]
 
@@ -104,7 +104,7 @@ def test_dropping_rows_keeps_those_of_the_leads(checkpoint, context):
     first, second = context("merge"), context("drop")
     weighted(Weighted(), plan_for(model), model, None, first)
     merged = first.finish(model)
-    row_drop(RowDrop(), plan_for(model), merged, second)
+    row_drop(RowDrop(), plan_for(model), merged, None, second)
     stock = second.finish(merged)
     family = family_of(stock.config)
     assert (stock.facts.experts, stock.facts.router_rows) == (4, 4)

@@ -46,7 +46,7 @@ class Merge(Options):
 
 
 MergeLayer = Callable[[int, LayerPlan, ExpertWeights], ExpertWeights]
-"""(layer, its plan, its experts with a leading E on the device) -> the merged experts with a leading K, any float type"""
+"""(layer, its plan, its experts with a leading E on the device) -> the merged experts with a leading K, of any float"""
 
 
 def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context) -> Checkpoint:

@@ -49,7 +49,7 @@ class MergeMoe(Merge):
     """Options of `merge/merge-moe`."""
 
     tokens: Literal["all", "routed"] = "all"
-    """What `down` is fitted on: members' mean output on all tokens, or what they really add to tokens routed to them."""
+    """What `down` is fitted on: the members' mean output on all tokens, or what they add to tokens routed to them."""
     ridge: Annotated[float, Field(gt=0)] = 1e-4
     """Pull towards the averaged `down`, in units of the mean squared activation."""
     align: Align = "none"

@@ -5,7 +5,7 @@ averaged uniformly. With `align` the neurons of each member are put in the order
 computes the same as before, and neurons that do alike are averaged with each other. `weights` matches neurons by the
 products of their weights, `weights+acts` by weight and activation distances on calibration tokens.
 
-Source: HC-SMoE (arXiv 2410.08589, section 3.3) without alignment, M-SMoE (2310.01334, section 3.2) with `align: weights`;
+Source: HC-SMoE (arXiv 2410.08589, section 3.3) without alignment, M-SMoE (2310.01334, section 3.2) with `weights`;
 its authors align to expert 0, here to the group's lead, and all three matrices count. The router keeps all its
 rows, as in the papers; add `router/...` for a model that loads everywhere.
 
