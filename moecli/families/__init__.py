@@ -16,6 +16,7 @@ from moecli.families.family import (
 )
 from moecli.families.routing import RouteRule, Routing, route
 from moecli.families.sketch import forecast_alias, forecast_keep, forecast_row_drop
+from moecli.families.widths import forecast_width, width_config, width_problem
 
 __all__ = [
     "ALIAS_KEY",
@@ -32,8 +33,11 @@ __all__ = [
     "forecast_alias",
     "forecast_keep",
     "forecast_row_drop",
+    "forecast_width",
     "keep_problem",
     "linears_of",
     "one_group",
     "route",
+    "width_config",
+    "width_problem",
 ]

@@ -90,6 +90,8 @@ class Row:
     shared: str | None = None
     """Shared experts' module below the block; its projections are called as in PER_EXPERT."""
     shared_width: Callable[[Values], int] = lambda c: 0
+    shared_count_key: str | None = None
+    """Config field that `shared_width` is a multiple of the routed width by; None where it is a number of its own."""
     moe_layers: Callable[[Values], tuple[int, ...]] = every_layer
     score: ScoreRule = "softmax"
     renormalized: bool | str = True
@@ -193,6 +195,7 @@ TABLE: Mapping[str, Row] = {
         groups_if=lambda c: c["topk_method"] == "group_limited_greedy",
         shared="shared_experts",
         shared_width=_shared_experts,
+        shared_count_key="n_shared_experts",
         defaults=_sizes(32, 4096, 102400, 2048) | {
             "n_routed_experts": 64, "num_experts_per_tok": None, "moe_intermediate_size": 1407,
             "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
@@ -211,6 +214,7 @@ TABLE: Mapping[str, Row] = {
         group_score="top2",
         shared="shared_experts",
         shared_width=_shared_experts,
+        shared_count_key="n_shared_experts",
         mtp_keys=("num_nextn_predict_layers", "num_mtp_layers"),
         defaults=_sizes(61, 7168, 129280, 4096) | {
             "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
@@ -230,6 +234,7 @@ TABLE: Mapping[str, Row] = {
         group_score="top2",
         shared="shared_experts",
         shared_width=_shared_experts,
+        shared_count_key="n_shared_experts",
         mtp_keys=("num_nextn_predict_layers", "num_mtp_layers"),
         defaults=_sizes(46, 4096, 151552, 131072) | {
             "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408,
@@ -294,6 +299,7 @@ TABLE: Mapping[str, Row] = {
         floor_is="minimum",
         shared="shared_experts",
         shared_width=lambda c: c["moe_intermediate_size"] * (c["moe_num_shared_experts"] or 0),
+        shared_count_key="moe_num_shared_experts",
         defaults=_sizes(28, 2560, 103424, 131072, tie_word_embeddings=True) | {
             "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1,

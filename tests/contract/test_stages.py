@@ -20,8 +20,9 @@ from moecli.runner.execute import Execution
 from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe
 
-VALUES = {"keep": 4, "bits": 4, "tasks": ["tiny_choice"]}
+VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"]}
 OVERRIDES = {
+    **{name: {"align": 8} for name in lookup.names() if name.startswith("slim/")},
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "quantize/gptq": {"group_size": 16},

@@ -1,0 +1,109 @@
+"""Which channels stay, against lists and brute force; the refit against a least-squares solver."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecli.ops.channels import keep_channels, refit_down, width_left
+
+
+def scores(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_each_expert_keeps_its_own_best() -> None:
+    kept = keep_channels({3: scores([1, 4, 2, 3], [9, 9, 9, 8])}, 0.5, "expert")
+    assert kept[3].tolist() == [[False, True, False, True], [True, True, False, False]]
+
+
+def test_a_layer_keeps_the_best_of_all_its_experts() -> None:
+    kept = keep_channels({0: scores([1, 4, 2, 3], [9, 9, 9, 8]), 1: scores([0, 0, 0, 0], [1, 1, 1, 1])}, 0.5, "layer")
+    assert kept[0].tolist() == [[False] * 4, [True] * 4]
+    assert kept[1].tolist() == [[False] * 4, [True] * 4]
+
+
+def test_all_layers_together() -> None:
+    kept = keep_channels({0: scores([1, 4, 2, 3]), 1: scores([0, 5, 0, 9])}, 0.5, "global")
+    assert kept[0].tolist() == [[False, True, False, True]]
+    assert kept[1].tolist() == [[False, True, False, True]]
+
+
+def test_blocks_floor_and_whole_experts() -> None:
+    score = {0: scores([5, 6, 7, 8], [1, 2, 3, 4], [0, 0, 0, 1])}
+    plain = keep_channels(score, 0.5, "global", block=2)[0]
+    assert plain.sum(1).tolist() == [4, 2, 0]
+    assert plain[1].tolist() == [False, False, True, True]
+    assert keep_channels(score, 0.5, "global", block=2, floor=1)[0].sum(1).tolist() == [2, 2, 2]
+    assert keep_channels(score, 0.5, "global", block=2, safe={0: [2]})[0].sum(1).tolist() == [2, 0, 4]
+    assert keep_channels(score, 0.5, "expert", block=2, safe={0: [2]})[0].sum(1).tolist() == [2, 2, 4]
+
+
+def test_what_cannot_be_kept_is_said() -> None:
+    score = {0: scores([1, 2, 3, 4], [1, 2, 3, 4])}
+    with pytest.raises(ValueError, match="8 channels must stay, the ratio leaves 4"):
+        keep_channels(score, 0.5, "layer", safe={0: [0, 1]})
+    with pytest.raises(ValueError, match="blocks of 3 do not divide 4 channels"):
+        keep_channels(score, 0.5, "layer", block=3)
+    score[0][1, 2] = torch.nan
+    with pytest.raises(ValueError, match="score of channel 2 of expert 1 in layer 0 is NaN"):
+        keep_channels(score, 0.5, "expert")
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_choice_is_the_best_and_never_above_the_budget(data: st.DataObject) -> None:
+    """Brute force over all numbers of blocks in at most five experts."""
+    experts, blocks, block = (data.draw(st.integers(1, n)) for n in (4, 3, 2))
+    width = blocks * block
+    values = data.draw(st.lists(st.integers(0, 9), min_size=experts * width, max_size=experts * width))
+    ratio = data.draw(st.sampled_from([0.2, 0.25, 0.4, 0.5, 0.6, 0.75]))
+    score_EF = torch.tensor(values, dtype=torch.float64).view(experts, width)
+    kept_EF = keep_channels({0: score_EF}, ratio, "global", block=block)[0]
+    budget = math.floor(experts * width * (1 - ratio) + 1e-9)
+    assert budget - block < int(kept_EF.sum()) <= budget
+    assert all(count % block == 0 for count in kept_EF.sum(1).tolist())
+    best = max(
+        sum(float(score_EF[e].sort(descending=True).values[: n * block].sum()) for e, n in enumerate(counts))
+        for counts in itertools.product(range(blocks + 1), repeat=experts)
+        if sum(counts) * block <= budget
+    )
+    assert float(score_EF[kept_EF].sum()) == best
+
+
+def test_widths_are_rounded_up() -> None:
+    assert [width_left(768, ratio, 128) for ratio in (0.2, 0.25, 0.5, 0.6)] == [640, 640, 384, 384]
+    assert width_left(10, 0.3, 1) == 7
+
+
+def test_the_refit_is_least_squares_pulled_to_the_old_columns() -> None:
+    rng = torch.Generator().manual_seed(0)
+    h_ETF = torch.randn(2, 40, 6, generator=rng, dtype=torch.float64)
+    h_ETF[..., 3] = h_ETF[..., 0] + 0.1 * h_ETF[..., 3]
+    down_EDF = torch.randn(2, 3, 6, generator=rng, dtype=torch.float64)
+    kept_EF = torch.tensor([[True, True, False, False, True, True], [True, False, True, False, False, False]])
+    ridge = 0.03
+    found = refit_down(down_EDF, h_ETF.mT @ h_ETF, kept_EF, ridge)
+    for expert in range(2):
+        h_TF, down_DF, kept = h_ETF[expert], down_EDF[expert], kept_EF[expert]
+        pull = math.sqrt(ridge * float((h_TF**2).sum(0).mean())) * torch.eye(int(kept.sum()), dtype=torch.float64)
+        left = torch.cat([h_TF[:, kept], pull])
+        right = torch.cat([h_TF @ down_DF.T, pull @ down_DF[:, kept].T])
+        wanted = torch.linalg.lstsq(left, right).solution.T
+        torch.testing.assert_close(found[expert][:, kept], wanted)
+        assert float(found[expert][:, ~kept].abs().max()) == 0
+        plain = (h_TF[:, ~kept] @ down_DF[:, ~kept].T).norm()
+        assert (h_TF @ (found[expert] - down_DF).T).norm() < 0.9 * plain
+
+
+def test_nothing_to_refit_changes_nothing() -> None:
+    down, gram = torch.randn(2, 3, 4).double(), torch.eye(4).expand(2, 4, 4).clone()
+    every = torch.ones(2, 4, dtype=torch.bool)
+    assert torch.equal(refit_down(down, gram, every, 1e-2), down)
+    some = torch.tensor([[True, False, True, True]] * 2)
+    assert torch.equal(refit_down(down, torch.zeros(2, 4, 4), some, 1e-2), down * some[:, None])
