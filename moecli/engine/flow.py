@@ -32,6 +32,7 @@ class Text:
     ranks: Ranks
     first: int
     """Running number of the first token here."""
+    here: int
     tokens: int
     """In the whole text, over all ranks."""
 
@@ -39,7 +40,7 @@ class Text:
     def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> Text:
         """`batches` are those of all ranks."""
         counts = [int(batch.counted.count_nonzero()) for batch in batches]
-        return cls(ranks, sum(counts[: ranks.block(len(counts))[0]]), sum(counts))
+        return cls(ranks, sum(counts[: ranks.block(len(counts))[0]]), sum(ranks.split(counts)), sum(counts))
 
 
 class Flow:

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ from moecli.engine.ranks import ALONE, Ranks
 from moecli.families import adapter
 from moecli.families.slots import Slot, Slots, install
 from moecli.io.tensorfile import Entry, read_into
+
+T = TypeVar("T")
+Source = tuple[Slot, Entry | None]
+"""An on-disk tensor's place in the model, and in a file; None where it is computed."""
 
 SPAN_BYTES = 16 << 20
 READERS = 8
@@ -60,6 +64,7 @@ class Loader:
         self._slots = Slots(model, checkpoint, names)
         self._ahead, self._step = ahead and device.type == "cuda", step
         self._pending: _Pending | None = None
+        self._planned: dict[int, Future[list[Source] | None]] = {}
         self._places: tuple[int, dict[str, Slot] | None] | None = None
         self._staging = Staging(device) if device.type == "cuda" else None
         self._ranks = ranks if device.type == "cuda" and ranks.size == ranks.local_size else ALONE
@@ -74,6 +79,8 @@ class Loader:
             install(module, f"{self._names.prefix}.{index}.", values, self._device)
         if self._ahead and index + self._step in self._names.layers:
             self._read_ahead(index + self._step)
+        if self._ahead and index + 2 * self._step in self._names.layers:
+            self._planned[index + 2 * self._step] = self._staging.plan(lambda: self._sources(index + 2 * self._step))
         return module
 
     def _read_ahead(self, index: int) -> None:
@@ -138,19 +145,25 @@ class Loader:
 
     def _start(self, index: int) -> _Pending | None:
         """Begin to read a layer; None for a layout that is not copied."""
-        slots = self._slots.of(index)
-        if slots is None:
+        planned = self._planned.pop(index, None)
+        sources = self._sources(index) if planned is None else planned.result()
+        if sources is None:
             return None
         values = self._slots.empty(index, self._device)
         if self._staging is None:
-            for slot in slots:
+            for slot, _ in sources:
                 read_slot(self._checkpoint, slot, slot.of(values[slot.target]))
             return _Pending(index, values, [])
         if self._ranks.size > 1:
             torch._foreach_zero_(list(values.values()))
         self._staging.follow()
-        parts = [(slot.name, slot.of(values[slot.target])) for slot in slots]
+        parts = [(slot.name, entry, slot.of(values[slot.target]).view(-1)) for slot, entry in sources]
         return _Pending(index, values, self._staging.send(self._checkpoint, parts, self._ranks))
+
+    def _sources(self, index: int) -> list[Source] | None:
+        """What a layer is read from. Finding it takes as long as copying a small layer, so it is done by a thread."""
+        slots = self._slots.of(index)
+        return None if slots is None else [(slot, _entry(self._checkpoint, slot.name)) for slot in slots]
 
 
 class _Changed(Checkpoint):
@@ -234,6 +247,10 @@ class Staging:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
         self._own = threading.local()
 
+    def plan(self, work: Callable[[], T]) -> Future[T]:
+        """What the readers find out between two reads."""
+        return self._pool.submit(work)
+
     def follow(self) -> None:
         """Copies from here on come after everything that the main stream has been given."""
         if self._stream is not None:
@@ -250,17 +267,18 @@ class Staging:
             self._stream.synchronize()
 
     def send(
-        self, checkpoint: Checkpoint, parts: Iterable[tuple[str, Tensor]], ranks: Ranks = ALONE
+        self, checkpoint: Checkpoint, parts: Iterable[tuple[str, Entry | None, Tensor]], ranks: Ranks = ALONE
     ) -> list[Future[None]]:
-        """Begin to copy this rank's block of tensors to their places on the device; computed ones go one by one."""
+        """Begin to copy this rank's block of tensors to their flat places on the device; those without an entry are
+        computed, one by one.
+        """
         pieces: list[Piece] = []
         computed: list[Callable[[], None]] = []
-        for name, target in parts:
-            entry = _entry(checkpoint, name)
+        for name, entry, target in parts:
             if entry is None:
                 computed.append(partial(self._computed, checkpoint, name, target))
             else:
-                pieces += list(_pieces(entry, target.view(-1)))
+                pieces += _pieces(entry, target)
         jobs = [*(partial(self._span, span) for span in spans(pieces)), *computed]
         return [self._pool.submit(job) for job in ranks.split(jobs)]
 
@@ -279,7 +297,7 @@ class Staging:
 
     def _computed(self, checkpoint: Checkpoint, name: str, target: Tensor) -> None:
         with self._on_stream():
-            target.copy_(checkpoint.get(name, self._device))
+            target.copy_(checkpoint.get(name, self._device).view(-1))
 
     def _on_stream(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -302,6 +320,9 @@ def _pieces(entry: Entry, flat: Tensor) -> Iterator[Piece]:
     """A tensor in pieces that fit a buffer."""
     item = _dtype(entry).itemsize
     step = SPAN_BYTES // item
+    if len(flat) <= step:
+        yield Piece(entry, 0, flat)
+        return
     for start, part in zip(range(0, len(flat), step), flat.split(step), strict=True):
         yield Piece(entry, start * item, part)
 

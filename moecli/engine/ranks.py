@@ -315,22 +315,15 @@ def _packed(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
-def combined(some: Sequence[Collector], ranks: Ranks, device: torch.device) -> dict[str, Tensor]:
-    """Results of collectors over the text of all ranks, by the rule of each: the same on every rank."""
+def combined(some: Sequence[Collector], ranks: Ranks, saw: bool = True) -> dict[str, Tensor]:
+    """Results of collectors over the text of all ranks, by the rule of each: the same on every rank. `saw` says whether
+    there was any text on this one.
+    """
+    ranks.combine([(collector.total, collector.reduce) for collector in some if collector.reduce in PLAIN])
     found = [collector.result() for collector in some]
-    if ranks.size > 1:
-        _add_up([(c.reduce, values) for c, values in zip(some, found, strict=True) if c.reduce in PLAIN], ranks, device)
-        other = [i for i, collector in enumerate(some) if collector.reduce not in PLAIN]
-        everywhere = ranks.gathered([found[i] for i in other]) if other else []
-        for i, of_ranks in zip(other, zip(*everywhere, strict=True), strict=True):
-            found[i] = fold(partial(joined, type(some[i])), of_ranks)
+    other = [i for i, collector in enumerate(some) if collector.reduce not in PLAIN]
+    if other and ranks.size > 1:
+        of_ranks = ranks.gathered([found[i] for i in other] if saw else None)
+        for i, values in zip(other, zip(*filter(None, of_ranks), strict=True), strict=True):
+            found[i] = fold(partial(joined, type(some[i])), values)
     return {name: value for values in found for name, value in values.items()}
-
-
-def _add_up(found: Sequence[tuple[Reduce, dict[str, Tensor]]], ranks: Ranks, device: torch.device) -> None:
-    """Sums and maxima of all ranks in their places, by way of the device."""
-    places = [(reduce, values, name) for reduce, values in found for name in values]
-    there = [(values[name].to(device), reduce) for reduce, values, name in places]
-    ranks.combine(there)
-    for (_, values, name), (tensor, _) in zip(places, there, strict=True):
-        values[name] = tensor.cpu()

@@ -270,7 +270,7 @@ class SweptLayer:
         always = {c.name: c for c in collectors(("count", "gate_sum"))}
         wanted = {**always, **{c.name: c for c in some}}
         self._within_memory(lambda: self._observe(list(wanted.values())))
-        found = combined(list(wanted.values()), self._flow.text.ranks)
+        found = combined(list(wanted.values()), self._flow.text.ranks, self._flow.text.here > 0)
         if not on_device:
             found = {name: fetched(value) for name, value in found.items()}
         return LayerStats(self._flow.text.tokens, found.pop("count"), found.pop("gate_sum"), found)
@@ -374,7 +374,8 @@ class SweptLayer:
 
     def _went(self, routes: list[Tensor]) -> None:
         if self.is_moe:
-            self.routes = Routes(torch.cat(routes), self.shape.experts)
+            none = torch.empty(0, self.shape.slots, dtype=torch.int16, device=self._flow.device)
+            self.routes = Routes(torch.cat([none, *routes]), self.shape.experts)
 
     @torch.no_grad()
     def _forward(self, index: int, hidden: Tensor | None = None) -> Tensor:

@@ -108,7 +108,7 @@ def test_computed_tensors_are_sent_too(tiny_model: Maker) -> None:
     source = MemoryCheckpoint.of(open_folder(tiny_model("qwen3_moe")))
     name, target = "model.norm.weight", torch.empty(64, dtype=torch.bfloat16)
     staging = Staging(torch.device("cpu"))
-    for job in staging.send(source, [(name, target)]):
+    for job in staging.send(source, [(name, None, target.view(-1))]):
         job.result()
     staging.close()
     assert torch.equal(target, source.get(name).bfloat16())

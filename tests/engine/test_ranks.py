@@ -155,6 +155,37 @@ def test_what_ranks_exchange(size, tmp_path):
     assert Processes(tmp_path, size, _exchange).ended() == [(0, "")] * size
 
 
+def _shared_reading(rank):
+    """Each rank reads a block of every layer; the layers are those of one reader, bit for bit."""
+    from moecli.engine import loader
+    from moecli.engine.ranks import joining
+    from moecli.families import adapter
+    from tests.engine.memory import open_folder
+
+    loader.SPAN_BYTES = 2048  # many spans
+    source = open_folder(Path("model").read_text())
+    model = adapter.empty_model(source.config)
+    names = adapter.tensor_map(model, source)
+    with joining("cpu") as ranks:
+        alone, sharing = (loader.Loader(model, source, names, torch.device("cpu"), ahead=False) for _ in range(2))
+        sharing._staging, sharing._ranks = loader.Staging(torch.device("cpu")), ranks
+        asked, span = [], sharing._staging._span
+        sharing._staging._span = lambda pieces: (asked.append(len(pieces)), span(pieces))
+        for layer in names.layers:
+            wanted = {name: tensor.clone() for name, tensor in alone.load(layer).named_parameters()}
+            alone.free(layer)
+            for name, tensor in sharing.load(layer).named_parameters():
+                assert torch.equal(tensor.view(torch.int16), wanted[name].view(torch.int16)), name
+            sharing.free(layer)
+        sharing.close()
+        assert 0 < len(asked) < sum(ranks.gathered(len(asked))), "nobody reads all"
+
+
+def test_a_layer_is_read_once_between_ranks(tiny_model, tmp_path):
+    (tmp_path / "model").write_text(str(tiny_model("qwen3_moe", dtype="bfloat16")))
+    assert Processes(tmp_path, 3, _shared_reading).ended() == [(0, "")] * 3
+
+
 # -- a run in several processes
 
 
