@@ -48,6 +48,7 @@ from moecli.engine.memory import (
     Sizes,
     _free_in_memory,
     _free_on_device,
+    fetched,
     plan_for,
     sizes_of,
 )
@@ -81,6 +82,7 @@ def backward_sweep(
     plan: Plan | None = None,
     room: Room | None = None,
     ranks: Ranks = ALONE,
+    statistics: Sequence[str] = (),
 ) -> BackwardSweep:
     """A sweep that can go back. Arguments are those of `engine.sweep.sweep`; `plan` and `room` overrule what is made
     from free memory.
@@ -88,7 +90,7 @@ def backward_sweep(
     UsageError for float16, SurroundingsError when the checkpoint does not fit its own config.
     """
     show = track or (lambda items, label: items)
-    return BackwardSweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, room, ranks)
+    return BackwardSweep(checkpoint, tuple(batches), torch.device(device), dtype, show, plan, room, ranks, statistics)
 
 
 class BackwardSweep(Sweep):
@@ -111,12 +113,13 @@ class BackwardSweep(Sweep):
         plan: Plan | None,
         room: Room | None,
         ranks: Ranks,
+        statistics: Sequence[str],
     ) -> None:
         super().__init__(checkpoint, batches, device, dtype, track, plan or Plan("memory", 1, False, 0), ranks=ranks)
         if self._model.dtype == torch.float16:
             raise UsageError("gradients leave the range of float16", hint="set `model` to a bfloat16 copy of it")
         text, batches = self._flow.text, ranks.split(batches)
-        sizes = sizes_of(self._model, self._checkpoint.facts, batches)
+        sizes = sizes_of(self._model, self._checkpoint.facts, batches, statistics)
         with_graph = replace(sizes, sequence=GRAPH_FACTOR * sizes.sequence)
         self.plan = plan or plan_for(with_graph, device, processes=ranks.local_size)
         self._flow.shelf.close()
@@ -263,7 +266,7 @@ class BackLayer:
         wanted = {c.name: c for c in some if c.name not in ("count", "gate_sum")}
         self._within_memory(lambda: self._run(always, list(wanted.values())))
         text = self._flow.text
-        found = combined([*always, *wanted.values()], text.ranks)
+        found = {n: fetched(value) for n, value in combined([*always, *wanted.values()], text.ranks).items()}
         return LayerStats(text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def output_grads(self) -> list[Tensor]:
@@ -365,7 +368,7 @@ def room_for(sizes: Sizes, plan: Plan, device: torch.device, processes: int) -> 
     if device.type != "cuda":
         return Room(0, max(0, memory))
     room = int(DEVICE_SHARE * _free_on_device(device))
-    room -= (2 if plan.ahead else 1) * sizes.layer + plan.sequences * sizes.sequence
+    room -= sizes.statistics + (2 if plan.ahead else 1) * sizes.layer + plan.sequences * sizes.sequence
     room -= 3 * HEAD_BYTES + (2 * sizes.states if plan.home == "device" else 0)
     return Room(max(0, room), max(0, memory))
 

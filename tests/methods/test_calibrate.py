@@ -77,7 +77,7 @@ def run_recipe(folder, model, stages):
 
 def test_one_more_statistic_observes_only_that_one(tiny_model, text, tmp_path, observed):
     calibrate = {"run": "calibrate/statistics", "with": {"dataset": str(text), **SIZE}}
-    keep = {"with": {"keep": 4}}
+    keep = {"with": {"keep": 4, "protect": "none"}}
     first, _, _ = run_recipe(tmp_path / "a", tiny_model("qwen3_moe"), [calibrate, {"run": "prune/reap", **keep}])
     assert observed == [["count", "gean_sum"]] * 2
     observed.clear()

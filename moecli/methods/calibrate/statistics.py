@@ -179,13 +179,13 @@ def _run(
     there = {layer: [n for n in some if n in FORWARD] for layer, some in missing.items()}
     back = {layer: [n for n in some if n not in FORWARD] for layer, some in missing.items()}
     first = min((layer for layer, some in back.items() if some), default=None)
+    names = sorted({name for some in missing.values() for name in some})
     if first is None:
         last = max(layer for layer, some in there.items() if some)
-        names = sorted({name for some in there.values() for name in some})
         swept: Sweep = sweep(model, batches, statistics=names, **settings)
         _each(swept, there, keys, last, ctx)
         return swept
-    both = backward_sweep(model, batches, **settings)
+    both = backward_sweep(model, batches, statistics=names, **settings)
     _each(both, there, keys, None, ctx)
     _each(both.back(), back, keys, first, ctx)
     return both
