@@ -199,8 +199,7 @@ def _samples_file(results: Path, task: str, date: str) -> Path:
     file = results.with_name(f"samples_{task}{date}.jsonl")
     if not file.is_file():
         raise SurroundingsError(
-            f"`{results}` has no samples of `{task}`",
-            hint="`lm_eval ... --log_samples` writes them; it needs them anew",
+            f"`{results}` has no samples of `{task}` beside it", hint="run lm_eval again with `--log_samples`"
         )
     return file
 
