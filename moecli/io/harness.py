@@ -72,12 +72,13 @@ def settings_of(results: Results) -> dict[str, Any]:
     batch_size = config.get("batch_size")
     known = {
         "harness": f"lm-eval {results.get('lm_eval_version')}",
-        "backend": config.get("model"),
+        "backend": config.get("model") or None,
         "batch_size": int(batch_size) if str(batch_size).isdigit() else batch_size,
         "dtype": dtype or None,
         "max_length": results.get("max_length"),
         "special_tokens": {name: results.get(f"tokenizer_{name}_token") for name in ("bos", "eos", "pad")},
     }
+    machine = {"transformers": results.get("transformers_version"), "device": config.get("device")}
     return {name: value for name, value in known.items() if value is not None} | {
         "limit": _whole(config.get("limit")),
         "generation": config.get("gen_kwargs") or {},
@@ -85,7 +86,7 @@ def settings_of(results: Results) -> dict[str, Any]:
         "template": results.get("chat_template_sha"),
         "system_instruction": results.get("system_instruction_sha"),
         "tasks": {task: _task_settings(results, task) for task in results["versions"]},
-        "environment": {"transformers": results.get("transformers_version"), "device": config.get("device")},
+        "environment": {name: value for name, value in machine.items() if value is not None},
     }
 
 

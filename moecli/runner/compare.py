@@ -201,7 +201,7 @@ def _check_settings(tasks: Sequence[str], before: Sequence[Evaluation], after: S
         )
     notes = [_both(name.removeprefix("environment."), *values) for name, values in elsewhere.items()]
     for letter in ("A", "B"):
-        names = [f"`{name}`" for name, side in unknown.items() if side == letter]
+        names = [f"`{name.removeprefix('environment.')}`" for name, side in unknown.items() if side == letter]
         notes += [f"could not be checked, as {letter} does not record it: {', '.join(names)}"] if names else []
     return notes
 
