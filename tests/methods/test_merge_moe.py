@@ -55,7 +55,7 @@ def test_no_other_down_does_better_on_the_tokens_it_was_fitted_on(model_type, to
     model = checkpoint(model_type)
     stats, plan = stats_for(model), plan_for(model)
     fitted, average = context("fitted"), context("average")
-    merge_moe(MergeMoe(tokens=tokens, ridge=1e-9), plan, model, stats, fitted)
+    merge_moe(MergeMoe(tokens=tokens, ridge=1e-9, align="none"), plan, model, stats, fitted)
     weighted(Weighted(), plan, model, stats, average)
     after, before = fitted.finish(model), average.finish(model)
     family, layer = family_of(model.config), model.facts.moe_layers[-1]
@@ -100,7 +100,7 @@ def test_alone_in_its_group_an_expert_is_copied_bit_for_bit(checkpoint, context)
 def test_a_strong_ridge_is_plain_averaging(checkpoint, context):
     model = checkpoint()
     first, second = context("fit"), context("mean")
-    merge_moe(MergeMoe(ridge=1e12), plan_for(model), model, stats_for(model), first)
+    merge_moe(MergeMoe(ridge=1e12, align="none"), plan_for(model), model, stats_for(model), first)
     weighted(Weighted(), plan_for(model), model, None, second)
     fitted, mean = first.finish(model), second.finish(model)
     assert all(torch.allclose(fitted.get(n), mean.get(n), atol=1e-6) for n in mean.names())
@@ -108,7 +108,7 @@ def test_a_strong_ridge_is_plain_averaging(checkpoint, context):
 
 def test_gate_and_up_are_averages(checkpoint, context):
     model, ctx = checkpoint(), context()
-    merge_moe(MergeMoe(), plan_for(model), model, stats_for(model), ctx)
+    merge_moe(MergeMoe(align="none"), plan_for(model), model, stats_for(model), ctx)
     merged = ctx.finish(model)
     layer, family = model.facts.moe_layers[0], family_of(model.config)
     found = family_of(merged.config).read_expert(merged, layer, 1)

@@ -49,10 +49,13 @@ MergeLayer = Callable[[int, LayerPlan, ExpertWeights], ExpertWeights]
 """(layer, its plan, its experts with a leading E on the device) -> the merged experts with a leading K, of any float"""
 
 
-def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context) -> Checkpoint:
+def merge_experts(
+    model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context, *, keep_singles: bool = True
+) -> Checkpoint:
     """Replace the experts of every planned layer by one for each group, and write the alias map.
 
-    Experts that are alone in their group are copied bit for bit, whatever `merge` makes of them.
+    Experts that are alone in their group are copied bit for bit, whatever `merge` makes of them, unless `keep_singles`
+    is False.
     Raises StageFailed when the plan drops experts or does not fit the model.
     """
     family = family_of(model.config)
@@ -64,7 +67,9 @@ def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: C
                 layer_plan = plan[layer]
                 _check(layer_plan, model.facts.experts, layer)
                 experts = on_device(family.read_experts(model, layer), ctx.device)
-                merged = _keep_singles(layer_plan, experts, merge(layer, layer_plan, experts))
+                merged = merge(layer, layer_plan, experts)
+                if keep_singles:
+                    merged = _keep_singles(layer_plan, experts, merged)
                 family.write_experts(part, model, layer, unstacked(merged))
                 part.put(family.alias_name(layer), layer_plan.group_E.to(torch.int64))
 

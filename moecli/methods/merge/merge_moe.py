@@ -3,12 +3,15 @@
 gate~ = sum_j b_j gate_j, up~ = sum_j b_j up_j, P = act(gate~ X) * (up~ X) on calibration tokens X,
 down~ = argmin sum_t |down~ P_t - Y_t|^2 + lambda |down~ - sum_j b_j down_j|^2, one F x F solve a group.
 
-`tokens: all` is the paper's: Y = sum_j b_j y_j over every token, b_j the plan's shares. `tokens: routed` is ours: the
-sum of what the members really add to those tokens, Y_t = sum over chosen members of g_tj y_tj, with P_t scaled by
-sum_j g_tj as the merged expert's output will be; shares say nothing then beyond gate and up. The ridge pulls towards
-the averaged `down` (the paper's pseudo-inverse has none), so groups with few tokens stay plain averages. Biases, where
-a family has them, are fitted along. Tokens are the layer's reservoir of expert inputs in the source model: what merged
-layers below change is not seen. Neurons are averaged in their own order unless `align` says otherwise, as in the paper.
+`tokens: routed` (default, ours): Y_t is the sum of what the members really add to a token, sum over chosen members of
+g_tj y_tj, with P_t scaled by sum_j g_tj as the merged expert's output will be; shares matter for gate and up only.
+`tokens: all` is the paper's: Y = sum_j b_j y_j over every token, b_j the plan's shares. The ridge pulls towards
+the averaged `down` (the paper's pseudo-inverse has none), so groups with few tokens stay plain averages. Biases
+are fitted along where a family has them. Tokens are the layer's reservoir of expert inputs in the source model: what
+merged layers below change is not seen.
+
+`align: weights` (default, ours) first puts members' neurons in the order of their lead's: O(F^3) an expert, under a
+second at F = 768, minutes at F = 14,336. The paper's form is `{tokens: all, align: none, ridge: 1.0e-4}`.
 
 Source: arXiv 2510.14436, Eqs. 2-6 and Theorem 1. lambda = `ridge` x the mean diagonal of P P^T is ours.
 
@@ -48,11 +51,11 @@ CHUNK_BYTES = 512 << 20
 class MergeMoe(Merge):
     """Options of `merge/merge-moe`."""
 
-    tokens: Literal["all", "routed"] = "all"
-    """What `down` is fitted on: the members' mean output on all tokens, or what they add to tokens routed to them."""
-    ridge: Annotated[float, Field(gt=0)] = 1e-4
+    tokens: Literal["routed", "all"] = "routed"
+    """What `down` is fitted on: what the members add to tokens routed to them, or their mean output on all tokens."""
+    ridge: Annotated[float, Field(gt=0)] = 0.1
     """Pull towards the averaged `down`, in units of the mean squared activation."""
-    align: Align = "none"
+    align: Align = "weights"
     """How neurons are matched before gate and up are averaged."""
 
 
