@@ -142,7 +142,10 @@ class BackwardSweep(Sweep):
         if len(self._states) < len(self):
             raise RuntimeError("a sweep goes back once; make a new one")
         shelf = Shelf(self.plan.home, self._device, self.plan.states)
-        loader = Loader(self._model, self._checkpoint, self._names, self._device, self.plan.ahead, step=-1)
+        loader = Loader(
+            self._model, self._checkpoint, self._names, self._device, self.plan.ahead, step=-1,
+            ranks=self._flow.text.ranks,
+        )  # fmt: skip
         try:
             self._from_the_head(shelf)
             for index in self._track(range(len(self))[::-1], "layers, backward"):
