@@ -15,21 +15,28 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from bench_calibrate import SHAPES, Bench, Repeated, Row, Shape, write_model
+from bench_calibrate import SHAPES as FORWARD_SHAPES
+from bench_calibrate import Bench, Repeated, Row, Shape, write_model
 
 from moecli.core.artifacts import Checkpoint
 from moecli.engine.backward import backward_sweep
-from moecli.engine.collectors.channels import H2
+from moecli.engine.collectors.channels import H2, Ph2, PhMax
 from moecli.engine.collectors.gradients import GradientSquare
 from moecli.engine.data import Batch
 from moecli.families import facts_of
 from moecli.io.reader import FolderCheckpoint
 
-FORWARD, BACK = "forward with `h2`", "back with `gh2`"
+SHAPES = FORWARD_SHAPES | {
+    "qwen2-57b-a14b": Shape(
+        hidden=3584, experts=64, top_k=8, width=2560, heads=28, kv_heads=4, head_dim=128, vocab=32768
+    ),
+}
+"""Qwen2-57B-A14B without its shared expert."""
+FORWARD, CAMERA, BACK = "forward with `h2`", "forward with `ph2`, `phmax`", "back with `gh2`"
 
 
 def main() -> None:
@@ -51,18 +58,20 @@ def main() -> None:
         for row in rows(source, batches, shape, bench, matrix):
             print(row.text(), flush=True)
         if args.depth:
-            print(whole(Repeated(Path(folder), args.depth), batches, shape, bench, matrix).text(), flush=True)
+            for row in whole(Repeated(Path(folder), args.depth), batches, shape, bench, matrix):
+                print(row if isinstance(row, str) else row.text(), flush=True)
 
 
 def rows(source: Checkpoint, batches: list[Batch], shape: Shape, bench: Bench, matrix: float) -> Iterator[Row]:
     """One layer there and back."""
     tokens, length = sum(batch.input_ids.numel() for batch in batches), batches[0].input_ids.shape[1]
-    taken: dict[str, list[float]] = {"bare": [], FORWARD: [], BACK: []}
+    taken: dict[str, list[float]] = {"bare": [], FORWARD: [], CAMERA: [], BACK: []}
     swept = backward_sweep(source, batches, device=bench.device)
     bench.reset_peak()
     for layer in swept:
         layer.outputs()
         taken[FORWARD].append(bench.seconds(lambda layer=layer: layer.observe([H2()])))
+        taken[CAMERA].append(bench.seconds(lambda layer=layer: layer.observe([Ph2(), PhMax()])))
         layer.replace({})
         taken["bare"].append(bench.seconds(layer.outputs))
     peaks = {FORWARD: bench.peak()}
@@ -73,10 +82,10 @@ def rows(source: Checkpoint, batches: list[Batch], shape: Shape, bench: Bench, m
             bench.wait()
             head = time.perf_counter() - start
         taken[BACK].append(bench.seconds(lambda layer=layer: layer.observe([GradientSquare()])))
-    peaks |= {BACK: bench.peak(), "bare": peaks[FORWARD]}
+    peaks |= {BACK: bench.peak(), "bare": peaks[FORWARD], CAMERA: peaks[FORWARD]}
     median = {name: statistics.median(values[1:] or values) for name, values in taken.items()}
     flops = shape.layer_flops(tokens, length) / matrix
-    for name, floor in (("bare", flops), (FORWARD, flops), (BACK, 2 * flops)):
+    for name, floor in (("bare", flops), (FORWARD, flops), (CAMERA, flops), (BACK, 2 * flops)):
         yield Row(name, median[name], floor, peaks[name])
     yield Row("head: loss and its gradient", head, 6 * tokens * shape.hidden * shape.vocab / matrix, peaks[BACK])
     both = median[FORWARD] + median[BACK]
@@ -86,25 +95,26 @@ def rows(source: Checkpoint, batches: list[Batch], shape: Shape, bench: Bench, m
         print(line)
 
 
-def whole(source: Checkpoint, batches: list[Batch], shape: Shape, bench: Bench, matrix: float) -> Row:
+def whole(source: Checkpoint, batches: list[Batch], shape: Shape, bench: Bench, matrix: float) -> Iterator[Row | str]:
     """A whole model there and back, weights read from files."""
     tokens, length, layers = (
         sum(b.input_ids.numel() for b in batches),
         batches[0].input_ids.shape[1],
         source.facts.layers,
     )
-    floor = (3 * layers * shape.layer_flops(tokens, length) + 6 * tokens * shape.hidden * shape.vocab) / matrix
+    flops = layers * shape.layer_flops(tokens, length) / matrix
     bench.reset_peak()
+    swept = backward_sweep(source, batches, device=bench.device)
+    yield Row(f"{layers} layers: {FORWARD}", bench.seconds(lambda: observe(swept, H2)), flops, bench.peak())
+    head = 6 * tokens * shape.hidden * shape.vocab / matrix
+    back = bench.seconds(lambda: observe(swept.back(), GradientSquare))
+    yield Row(f"{layers} layers: head, {BACK}", back, 2 * flops + head, bench.peak())
+    yield from swept.report()
 
-    def work() -> None:
-        swept = backward_sweep(source, batches, device=bench.device)
-        for layer in swept:
-            layer.observe([H2()])
-        for layer in swept.back():
-            layer.observe([GradientSquare()])
-        print("\n".join(swept.report()))
 
-    return Row(f"{layers} layers there and back", bench.seconds(work), floor, bench.peak())
+def observe(layers: Iterable, kind: type) -> None:
+    for layer in layers:
+        layer.observe([kind()])
 
 
 def arguments() -> argparse.Namespace:

@@ -83,6 +83,9 @@ def test_zeros_and_narrow_tensors_compute_the_same(family, checkpoint, context):
         results.append(ctx.finish(model))
         assert {k for kept in ctx.records["kept_channels"].values() for k in kept} == {16}
     narrow, padded = results
+    for layer in model.facts.moe_layers:
+        w = family_of(padded.config).read_experts(padded, layer)
+        assert {int((x == 0).all(2).sum()) for x in (w.gate_FD, w.up_FD, w.down_DF.mT)} == {8 * 16}
     assert (narrow.facts.expert_width, padded.facts.expert_width) == (16, 32)
     assert narrow.facts.shared_width == model.facts.shared_width
     assert family_of(narrow.config).accounting(narrow) == []
