@@ -291,6 +291,48 @@ def compare(
 
 
 @app.command()
+def analyse(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, `demo`, or a run folder.", show_default=False)
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Another model, beside it; of a run the one it started from.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DATA", help="Text to route, as in recipes. Repeat it to compare texts."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each text.")] = 64,
+    tokens_per_sample: Annotated[int, typer.Option(min=1, help="Tokens in each sample.")] = 512,
+    cache_samples: Annotated[int, typer.Option(min=1, help="Samples that caches are simulated on.")] = 32,
+    pooled_samples: Annotated[int, typer.Option(min=0, help="Samples for one cache of all layers; 0 for none.")] = 4,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Precision; the checkpoint's by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder to write; runs/analyse-MODEL.")] = None,
+    device: Device = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show how a model uses its experts, and how well caches of them would do."""
+    with _work():
+        from moecli.cli.analyse import analysed, analysed_text
+
+        where, why = _device(device)
+        if not quiet:
+            _note(f"device {where} ({why})")
+        document, folder = analysed(
+            model, against, data or (), out, device=where, quiet=quiet, field=field, samples=samples,
+            tokens_per_sample=tokens_per_sample, cache_samples=cache_samples, pooled_samples=pooled_samples,
+            dtype=dtype, batch_size=batch_size, seed=seed,
+        )  # fmt: skip
+    _emit(document, lambda: analysed_text(document, folder), json_)
+
+
+@app.command()
 def sweep(
     file: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep file (YAML).", show_default=False)],
     run_dir: Annotated[

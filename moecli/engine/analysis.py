@@ -245,16 +245,15 @@ def _count(index_Tk: Tensor, ids_NT: Tensor, mine_N: np.ndarray, experts: int) -
 
 
 def _top_pairs(together_EE: Tensor, count_E: Tensor, tokens: int) -> list[Document]:
-    """The pairs with the largest PMI, each once."""
+    """The pairs with the largest PMI, each once, of those that met often enough to say so: rare ones lead by chance."""
     found = usage.pairs(together_EE, count_E, count_E, tokens)
-    upper = torch.ones_like(together_EE, dtype=torch.bool).triu(1)
-    score = found.pmi.masked_fill(~upper | found.pmi.isnan(), -math.inf)
-    some = score.flatten().topk(min(TOP_PAIRS, int(upper.sum())))
+    often = (together_EE >= usage.COMMON).triu(1)
+    some = found.pmi.masked_fill(~often, -math.inf).flatten().topk(min(TOP_PAIRS, int(often.sum())))
     pairs = [divmod(place, len(count_E)) for place in some.indices.tolist()]
     return [
         {"experts": [a, b], "tokens": int(together_EE[a, b]), "lift": float(found.lift[a, b]),
          "pmi": float(found.pmi[a, b])}
-        for (a, b), value in zip(pairs, some.values.tolist(), strict=True) if value > -math.inf
+        for a, b in pairs
     ]  # fmt: skip
 
 
