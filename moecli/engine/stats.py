@@ -121,6 +121,8 @@ def _differences(first: CalibrationStats, second: CalibrationStats) -> Iterator[
         mine, other = first.source.get(name), second.source.get(name)
         if mine != other:
             yield f"{words} differ ({_short(mine)} and {_short(other)})"
+    if first.source.get("mask_special_tokens") != second.source.get("mask_special_tokens"):
+        yield "only one of them leaves out special tokens"
     yield from shape_differences(first, second, of_tokens=False)
     if common := _digests(first.source) & _digests(second.source):
         yield f"both hold the same text (digest {_short(min(common))})"

@@ -40,8 +40,8 @@ TIMED = ("eval/lm-eval", "eval/speed")
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """Text and a task, of our own making."""
+def material(tmp_path_factory, tiny_model):
+    """Text, a task and stored statistics, of our own making."""
     folder = tmp_path_factory.mktemp("material")
     words = ["a", "be", "cat", "dog", "eel", "fox", "gnu", "hen"]
     rows = [" ".join(words[(i * j) % 8] for j in range(1, 60)) for i in range(1, 30)]
@@ -55,12 +55,17 @@ def material(tmp_path_factory):
         "doc_to_target: '{{answer}}'\ndoc_to_choice: '{{choices}}'\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\nmetadata: {version: 1}\n"
     )
+    calibrate = [{"run": "calibrate/statistics", "with": options("calibrate/statistics", folder)}]
+    _, made = execute(write_recipe(folder / "stored", tiny_model("qwen3_moe"), calibrate), folder / "stored" / "run")
+    for kind in ("json", "safetensors"):
+        shutil.copy(made / f"artifact.{kind}", folder / f"stored.{kind}")
     return folder
 
 
 def options(name, material):
     fields = lookup.find(name).options.model_fields
     given = {"dataset": str(material / "text.jsonl"), "include": str(material)}
+    given["file"] = str(material / "stored.safetensors")
     chosen = {f: given[f] for f in fields if f in given}
     for field, info in fields.items():
         if info.is_required() and field not in chosen:

@@ -431,3 +431,74 @@ def test_wrong_values_are_told_in_the_recipe(given, message, tiny_model, tmp_pat
     with pytest.raises(RecipeError) as caught:
         plan_of(tmp_path, tiny_model("qwen3_moe"), **given)
     assert message in "\n".join(d.message for d in caught.value.diagnostics)
+
+
+# -- special tokens and precision
+
+
+def test_special_tokens_run_and_are_not_counted(checkpoint, text, context):
+    """Against a plain loop: the whole model runs all tokens, and only the others enter the sums."""
+    from moecli.families import adapter
+
+    model = checkpoint()
+    opt = options(text, tokens_per_sample=200, statistics=["ean_sum"], mask_special_tokens=True)
+    ctx = context()
+    found = module.statistics(opt, model, ctx)
+    special = set(adapter.load_tokenizer(model).all_special_ids)
+    ids, mask = found.text.ids, found.text.mask
+    counted = [mask[n, t] == 1 and int(ids[n, t]) not in special for n in range(len(ids)) for t in range(ids.shape[1])]
+    assert 0 < sum(counted) < int(mask.sum()), "there are special tokens in the text"
+    whole, seen = adapter.load_model(model), []
+    layer = adapter.decoder_layers(whole)[1][1]
+    experts = adapter.moe_parts(layer).experts
+    hook = experts.register_forward_hook(lambda module, args, out: seen.append(args))
+    with torch.no_grad():
+        whole(input_ids=ids, attention_mask=mask)
+        hook.remove()
+        (hidden, index, weight), count, gate = seen[0], [0] * 8, [0.0] * 8
+        ean, one = [0.0] * 8, torch.ones(1, 1)
+        for row, takes_part in enumerate(counted):
+            for slot in range(index.shape[-1] if takes_part else 0):
+                expert = int(index[row, slot])
+                count[expert] += 1
+                gate[expert] += float(weight[row, slot])
+                ean[expert] += float(experts(hidden[row : row + 1], index[row : row + 1, slot : slot + 1], one).norm())
+    assert found[1].tokens == sum(counted)
+    assert found[1].count_E.tolist() == count
+    assert found[1].gate_sum_E.tolist() == pytest.approx(gate, rel=1e-5)
+    assert found[1]["ean_sum"].tolist() == pytest.approx(ean, rel=1e-5)
+    assert found.source["mask_special_tokens"] is True
+    other = module.statistics(opt.model_copy(update={"mask_special_tokens": False}), model, context("all"))
+    assert other[1].tokens == int(mask.sum()), "another key: nothing is taken from the masked parts"
+
+
+def test_precision_is_an_option_and_enters_the_keys(checkpoint, text, context, observed):
+    from moecli.engine.collectors import collectors
+    from moecli.engine.data import batches_of
+    from moecli.engine.sweep import sweep
+
+    model = checkpoint(dtype="bfloat16")
+    wide = module.statistics(options(text, dtype="float32"), model, context())
+    batches = batches_of(wide.text, 8)
+    expected = {
+        layer.index: layer.observe(collectors(["gean_sum", "absmax", "prob_sum"]))
+        for layer in sweep(model, batches, dtype=torch.float32)
+    }
+    assert same(wide, CalibrationStats(expected))
+    assert wide.source["dtype"] == "float32"
+    observed.clear()
+    own = module.statistics(options(text), model, context("own"))
+    assert observed == [["count", "gean_sum", "absmax", "prob_sum"]] * 2, "nothing is shared"
+    assert own.source["dtype"] == "bfloat16"
+    assert not torch.equal(own[1]["gean_sum"], wide[1]["gean_sum"])
+    observed.clear()
+    module.statistics(options(text, dtype="bfloat16"), model, context("named"))
+    assert observed == [], "`auto` and its name are one"
+
+
+def test_text_that_ends_early_says_how_much_there_is(checkpoint, text, context):
+    with pytest.raises(SurroundingsError, match=r"^asked for 900 samples of 16 tokens, the text gives \d+$") as caught:
+        module.statistics(options(text, samples=900), checkpoint(), context())
+    have = caught.value.message.split()[-1]
+    assert caught.value.hint == f"write `samples: {have}`, or name more text"
+    module.statistics(options(text, samples=int(have), statistics=[]), checkpoint(), context("fewer"))
