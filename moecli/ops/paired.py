@@ -148,7 +148,8 @@ def detectable(documents: int, flips: float = 1.0, *, power: float = 0.8, level:
     """Smallest true difference of accuracies that McNemar's test finds with probability `power`.
 
     `flips` is the share of documents whose outcome changes, in both directions together; 1 is the worst case. Solves
-    sqrt(N) d = z_(1-alpha/2) sqrt(flips) + z_power sqrt(flips - d^2) for d (Connor 1987). None when even flips that all
+    sqrt(N) d = z_(1-alpha/2) sqrt(flips) + z_power sqrt(flips - d^2) for d (Connor 1987); an approximation, the exact
+    test finds it 1 to 3 times in 100 less often (simulated for 250 to 2,000 documents). None when even flips that all
     go one way would be too few.
     """
     size, needed = _quantile((1 + level) / 2), _quantile(power)

@@ -60,12 +60,12 @@ def test_flips_both_ways_p_and_interval():
 
 
 def test_documents_are_matched_by_name_not_by_place():
-    one = task("t", [1.0, 0.0, 1.0])
+    one = task("t", [1.0, 0.0, 0.0])
     other = dataclasses.replace(
-        one, docs=one.docs[::-1], prompts=one.prompts[::-1], columns={"acc": Column("mean", (1.0, 0.0, 0.0))}
+        one, docs=one.docs[::-1], prompts=one.prompts[::-1], columns={"acc": Column("mean", (0.0, 0.0, 1.0))}
     )
     found = compared(evaluation(one), evaluation(other)).rows[0].paired
-    assert (found.lost, found.gained) == (1, 0)
+    assert (found.lost, found.gained) == (0, 0)
 
 
 def test_a_perplexity_is_compared_as_a_ratio_weighted_by_words():
