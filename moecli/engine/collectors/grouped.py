@@ -224,6 +224,12 @@ class Grouped:
         return self.folded(self.softmax_TE)
 
     @cached_property
+    def order_Tk(self) -> Tensor:
+        """int64, slots of each token by falling weight, those that are no visit last"""
+        weight_Tk = self.weight_Tk.masked_fill(self.index_Tk < 0, -torch.inf)
+        return weight_Tk.argsort(dim=-1, descending=True, stable=True)
+
+    @cached_property
     def chosen_TE(self) -> Tensor:
         """bool, router rows that each token chose"""
         return torch.zeros_like(self.logits_TE, dtype=torch.bool).scatter_(1, self.choice_Tk, True)

@@ -166,9 +166,7 @@ class _Trace(Collector):
         self._tokens: list[Tensor] = []
 
     def update(self, grouped: Grouped) -> None:
-        weight_Tk = grouped.weight_Tk.masked_fill(grouped.index_Tk < 0, -torch.inf)
-        order_Tk = weight_Tk.argsort(dim=-1, descending=True, stable=True)
-        self._rows.append(self.of(grouped).gather(1, order_Tk).to(self.dtype))
+        self._rows.append(self.of(grouped).gather(1, grouped.order_Tk).to(self.dtype))
         self._tokens.append(grouped.token_T)
 
     @abstractmethod

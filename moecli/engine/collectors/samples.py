@@ -9,31 +9,22 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moecli.engine.collectors.base import Collector, LayerShape
 from moecli.engine.collectors.grouped import Grouped
 
-_MASK = (1 << 31) - 1
-
 
 def token_key(token_T: Tensor) -> Tensor:
-    """A number in [0, 2^62) for each token that looks random and never changes, int64.
-
-    Four rounds of a Feistel network of two times 31 bits: different tokens have different keys.
+    """A number in [0, 2^63) for each token that looks random and never changes, int64; on the CPU. What SplitMix64
+    answers at that step from 0, without the last bit.
     """
-    left, right = (token_T >> 31) & _MASK, token_T & _MASK
-    for constant in (0x45D9F3B, 0x119DE1F3, 0x3C6EF372, 0x2545F491):
-        left, right = right, left ^ _mixed(right + constant)
-    return (left << 31) | right
-
-
-def _mixed(value: Tensor) -> Tensor:
-    """31 bits that depend on all bits of the value; no product exceeds 2^63."""
-    for constant in (0x45D9F3B, 0x2C1B3C6D, 0x297A2D39):
-        value = (((value ^ (value >> 16)) & _MASK) * constant) & _MASK
-    return value ^ (value >> 15)
+    value = (token_T.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((value ^ (value >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
 
 
 class Sample(Collector):
@@ -53,15 +44,16 @@ class Sample(Collector):
 
     def update(self, grouped: Grouped) -> None:
         """Decided on the CPU: only rows that enter the sample are computed, and the device is not waited for."""
-        key_T = token_key(grouped.token_T)
-        held = len(self._key_S)
-        key_A = torch.cat([self._key_S, key_T])
+        key_T, held = token_key(grouped.token_T), len(self._key_S)
+        enter = key_T < self._key_S[-1] if held == self.tokens else torch.ones_like(key_T, dtype=torch.bool)
+        below = enter.nonzero().flatten()
+        if len(below) == 0:
+            return
+        key_A = torch.cat([self._key_S, key_T[below]])
         keep_S = key_A.argsort(stable=True)[: self.tokens]
         self._key_S = key_A[keep_S]
         new = (keep_S >= held).nonzero().flatten()
-        if self._rows is not None and len(new) == 0:
-            return
-        picked_T = self._there(keep_S[new] - held)
+        picked_T = self._there(below[keep_S[new] - held])
         values = self.of(grouped, grouped.hidden_TD.index_select(0, picked_T))
         rows = values if self._rows is None else torch.cat([self._rows, values])
         source_S = keep_S.clone()

@@ -63,5 +63,5 @@ def add(total_ENN: Tensor, x: Tensor, row_S: Tensor | None, end_E: Tensor, weigh
     _add[(tiles * (tiles + 1) // 2, groups)](
         total_ENN, x, row_S, end_E, weight_S, x.stride(0), width,
         tile, rows, row_S is not None, weight_S is not None, x.dtype != torch.float32,
-        num_warps=8 if tile == _TILE else 4, num_stages=3,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
