@@ -104,11 +104,12 @@ def test_only_rows_move_and_the_model_comes_closer(stock, checkpoint, context):
     assert divergence(p, after, sample.mask) < divergence(p, before, sample.mask)
 
 
-def test_small_steps_add_up_in_half_precision(checkpoint, context):
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_small_steps_add_up_in_half_precision(dtype, checkpoint, context):
     """Rows are bf16, whose steps are far larger than the learning rate: fp32 masters collect."""
     source = checkpoint(dtype="bfloat16")
     model, ctx = merged(source, context), context("kd")
-    kd(Kd(learning_rate=2e-4, epochs=10, accumulate=1), model, source, text(), ctx)
+    kd(Kd(learning_rate=2e-4, epochs=10, accumulate=1, dtype=dtype), model, source, text(), ctx)
     trained = ctx.finish(model)
     name = family_of(model.config).router_role(model, 0, "weight")
     assert trained.get(name).dtype == torch.bfloat16

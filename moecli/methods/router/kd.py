@@ -20,7 +20,7 @@ Source: arXiv 2603.02217.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -55,6 +55,8 @@ class Kd(Options):
     """Times the text is gone through, each time in another order."""
     tau: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of both distributions."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that both models compute in; `auto` is the checkpoint's."""
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if model.quantized:
@@ -68,8 +70,9 @@ class Kd(Options):
 @stage("router/kd", version=1)
 def kd(opt: Kd, model: Checkpoint, source: Checkpoint, text: CalibrationText, ctx: Context) -> Checkpoint:
     batches = batches_of(text, opt.batch_size)
-    taught = last_hidden(source, batches, ctx)
-    student = Student(model, source, ctx.device)
+    dtype = None if opt.dtype == "auto" else getattr(torch, opt.dtype)
+    taught = last_hidden(source, batches, dtype, ctx)
+    student = Student(model, source, ctx.device, dtype)
     losses = train(student, batches, taught, opt, ctx)
     with ctx.writer(model) as out:
         out.part("routers", student.write)
@@ -77,10 +80,10 @@ def kd(opt: Kd, model: Checkpoint, source: Checkpoint, text: CalibrationText, ct
     return out.checkpoint
 
 
-def last_hidden(source: Checkpoint, batches: list[Batch], ctx: Context) -> list[Tensor]:
+def last_hidden(source: Checkpoint, batches: list[Batch], dtype: torch.dtype | None, ctx: Context) -> list[Tensor]:
     """What the last decoder layer of the source makes of each batch, [B, S, D] on the CPU."""
     found: list[Tensor] = []
-    swept = sweep(source, batches, device=ctx.device, track=ctx.track)
+    swept = sweep(source, batches, device=ctx.device, dtype=dtype, track=ctx.track)
     for layer in swept:
         if layer.index == len(swept) - 1:
             found = [hidden.cpu() for hidden in layer.outputs()]
@@ -90,9 +93,9 @@ def last_hidden(source: Checkpoint, batches: list[Batch], ctx: Context) -> list[
 class Student:
     """The model that is trained: stock modules with fp32 masters of the router rows."""
 
-    def __init__(self, model: Checkpoint, source: Checkpoint, device: torch.device) -> None:
+    def __init__(self, model: Checkpoint, source: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> None:
         self._checkpoint = model
-        self.network = adapter.load_model(model, device).requires_grad_(False)
+        self.network = adapter.load_model(model, device, dtype).requires_grad_(False)
         self._prefix, self._layers = adapter.decoder_layers(self.network)
         names = adapter.tensor_map(self.network, model)
         _refuse_other_ends(model, source, names.outside)
@@ -103,7 +106,7 @@ class Student:
             for name, tensor in family.router_names(layer, model).items():
                 if tensor.role != "correction":
                     self.rows[name] = parameters[names.targets[name]].requires_grad_(True)
-                    self.masters[name] = self.rows[name].detach().float().clone().requires_grad_(True)
+                    self.masters[name] = model.get(name).to(device).float().requires_grad_(True)
         for layer in self._layers:
             layer.forward = _recomputed(layer.forward)
 
