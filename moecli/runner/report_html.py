@@ -7,7 +7,7 @@ The page works without JavaScript; with it, tables sort by column.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,7 @@ def _chart(chart: Chart) -> dict[str, Any] | None:
         "title": chart.title,
         "caption": f"{chart.title}. {chart.caption}",
         "svg": _markup(drawn),
-        "keys": [(line.name, draw.look(i)) for i, line in enumerate(chart.series)],
+        "lines": [(line.name, draw.look(i)) for i, line in enumerate(chart.series)],
         "head": [chart.x_label, *(line.name for line in chart.series)],
         "rows": [[f"{x:.10g}", *("" if (y := c.get(x)) is None else f"{y:.10g}" for c in columns)] for x in at],
     }
@@ -174,29 +174,36 @@ def _markup(text: str) -> Any:
 # -- several runs --------------------------------------------------------------------------------------------------
 
 
+Fronts = Mapping["Key", Collection[int]]
+"""Metric -> ids of the rows on its frontier."""
 MOST_PLOTS = 8
 """Metrics that get a frontier plot; the table has all."""
 
 
 def render_several(several: Several, links: Mapping[str, str]) -> str:
     """One page for several runs: a frontier plot for each metric, and the table. `links` lead to the runs' pages."""
+    from moecli.runner.several import on_frontier
     from moecli.runner.table import LEGEND, column_names, direction, frontier_words
 
+    fronts = {key: {id(row) for row in on_frontier(several, key)} for key in several.columns}
     series = _series(several)
     numbers = {id(row): str(i) for i, row in enumerate((r for r in several.rows if not r.is_source), 1)}
     judged = [key for key, better in several.columns.items() if better is not None]
-    plots = [_frontier(several, key, series, numbers) for key in judged[:MOST_PLOTS]]
+    plots = [_frontier(several, key, fronts[key], series, numbers) for key in judged[:MOST_PLOTS]]
     return str(
         _template("several.html.j2").render(
             several=several,
             version=__version__,
             verdict=several_verdict(several),
-            tiles=_several_tiles(several),
+            tiles=_several_tiles(several, fronts),
             plots=[plot for plot in plots if plot],
             unplotted=[f"{task} {metric}" for task, metric in judged[MOST_PLOTS:]],
             keys=[(name, draw.look(i)) for i, name in enumerate(dict.fromkeys(series.values()))],
             columns=list(zip(several.columns, column_names(several), strict=True)),
-            rows=[_several_row(row, several, numbers.get(id(row), ""), links.get(row.name)) for row in several.rows],
+            rows=[
+                _several_row(row, several, fronts, numbers.get(id(row), ""), links.get(row.name))
+                for row in several.rows
+            ],
             sentences=frontier_words(several),
             legend=LEGEND,
             direction=direction,
@@ -218,13 +225,11 @@ def _series(several: Several) -> dict[int, str]:
 
 
 def _frontier(
-    several: Several, key: Key, series: Mapping[int, str], numbers: Mapping[int, str]
+    several: Several, key: Key, on: Collection[int], series: Mapping[int, str], numbers: Mapping[int, str]
 ) -> dict[str, Any] | None:
-    from moecli.runner.several import on_frontier
     from moecli.runner.table import direction
 
     rows = [row for row in several.rows if row.size is not None and key in row.cells]
-    on = {id(row) for row in on_frontier(several, key)}
     unit, name = _unit(max((row.size.bytes for row in rows if row.size), default=1))
     looks = {name: i for i, name in enumerate(dict.fromkeys(series.values()))}
     dots = [
@@ -263,8 +268,7 @@ def _unit(most: float) -> tuple[float, str]:
     return 1024.0**step, ("B", "KiB", "MiB", "GiB", "TiB")[step]
 
 
-def _several_row(row: Row, several: Several, number: str, link: str | None) -> dict[str, Any]:
-    from moecli.runner.several import on_frontier
+def _several_row(row: Row, several: Several, fronts: Fronts, number: str, link: str | None) -> dict[str, Any]:
     from moecli.runner.table import size_cells
 
     size, ratio, experts = size_cells(row, several)
@@ -273,8 +277,7 @@ def _several_row(row: Row, several: Several, number: str, link: str | None) -> d
         cell = row.cells.get(key)
         readings = {r.reading for r in cell.rows} if cell and not row.is_source else set()
         tone = next(iter(readings)) if len(readings) == 1 else ""
-        on = row in on_frontier(several, key)
-        cells.append({"cell": cell, "tone": tone if tone in ("better", "worse") else "", "on": on})
+        cells.append({"cell": cell, "tone": tone if tone in ("better", "worse") else "", "on": id(row) in fronts[key]})
     experts_each = row.size.experts if row.size else ()
     return {
         "row": row,
@@ -314,9 +317,7 @@ def _unharmed(runs: Sequence[Row]) -> Row | None:
     return None
 
 
-def _several_tiles(several: Several) -> list[tuple[str, str, str]]:
-    from moecli.runner.several import on_frontier
-
+def _several_tiles(several: Several, fronts: Fronts) -> list[tuple[str, str, str]]:
     runs = [row for row in several.rows if not row.is_source]
     seeds = max((row.seeds for row in runs), default=1)
     words_of = [f"up to {seeds} seeds each"] if seeds > 1 else []
@@ -328,7 +329,7 @@ def _several_tiles(several: Several) -> list[tuple[str, str, str]]:
     if (best := _unharmed(sized)) and best.size:
         tiles.append(("smallest without a clear loss", words.bytes_text(best.size.bytes), best.name))
     judged = [key for key, better in several.columns.items() if better is not None]
-    everywhere = [row for row in runs if judged and all(row in on_frontier(several, key) for key in judged)]
+    everywhere = [row for row in runs if judged and all(id(row) in fronts[key] for key in judged)]
     if judged:
         tiles.append(("on every frontier", str(len(everywhere)), f"of {words.plural(len(judged), 'metric')}"))
     return tiles

@@ -189,9 +189,21 @@ def _recipe(report: Report) -> dict[str, Any]:
 
 
 def _without_seed(report: Report) -> str:
-    """What makes two runs the same but for their seed."""
+    """What makes two runs the same but for their seed: the recipe, less what cannot change a result."""
     values = {key: value for key, value in _recipe(report).items() if key not in ("seed", "name", "expected")}
-    return yaml.safe_dump(values, sort_keys=True)
+    return yaml.safe_dump(values | {"stages": _stages(report)}, sort_keys=True)
+
+
+def _stages(report: Report) -> list[dict[str, Any]]:
+    """The stages of a run's recipe without their run settings."""
+    found = []
+    for stage in _recipe(report).get("stages", []):
+        name = str(stage.get("run", ""))
+        fields = lookup.find(name).options.model_fields if name in lookup.names() else {}
+        free = {n for n, info in fields.items() if any(isinstance(mark, RunSetting) for mark in info.metadata)}
+        options = {key: value for key, value in stage.get("with", {}).items() if key not in free}
+        found.append(stage | {"run": name, "with": options})
+    return found
 
 
 def _origin(report: Report) -> tuple[str, str | None]:
@@ -199,16 +211,13 @@ def _origin(report: Report) -> tuple[str, str | None]:
 
 
 def _evaluation(report: Report) -> dict[str, Any]:
-    """Settings of the evaluations of a run, without what cannot change a result."""
-    settings: dict[str, Any] = {}
-    for stage in _recipe(report).get("stages", []):
-        name = str(stage.get("run", ""))
-        if not name.startswith("eval/"):
-            continue
-        fields = lookup.find(name).options.model_fields if name in lookup.names() else {}
-        free = {n for n, info in fields.items() if any(isinstance(mark, RunSetting) for mark in info.metadata)}
-        settings |= {f"{name} {key}": value for key, value in stage.get("with", {}).items() if key not in free}
-    return settings
+    """Settings of the evaluations of a run."""
+    return {
+        f"{stage['run']} {key}": value
+        for stage in _stages(report)
+        if stage["run"].startswith("eval/")
+        for key, value in stage["with"].items()
+    }
 
 
 def _differences(runs: Sequence[Run]) -> Iterable[str]:
