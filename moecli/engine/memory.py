@@ -23,6 +23,7 @@ from moecli.core.model import ModelFacts
 from moecli.engine.collectors import LayerShape, held_bytes
 from moecli.engine.data import Batch
 from moecli.families import adapter
+from moecli.io.durable import disk_errors
 
 Home = Literal["device", "pinned", "memory", "file"]
 """Where hidden states wait: on the device, in page-locked CPU memory, in ordinary CPU memory (CPU sweeps), or in a
@@ -208,6 +209,8 @@ class Shelf:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         self._files += 1
         path = Path(self._folder.name) / f"{self._files}.bin"
+        with disk_errors(path.parent, like.nbytes), path.open("wb") as file:  # a full disk would end a mapping in SIGBUS
+            os.posix_fallocate(file.fileno(), 0, like.nbytes)
         return torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
 
 

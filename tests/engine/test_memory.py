@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,14 @@ def test_out_of_memory_with_one_sequence_is_the_end(tiny_model: Maker, monkeypat
     with pytest.raises(StageFailed, match="out of memory with one sequence at a time") as caught:
         run(open_folder(tiny_model("qwen3_moe")))
     assert caught.value.where == "layer 1"
+
+
+def test_a_disk_that_is_full_is_said_before_anything_is_mapped(monkeypatch):
+    def full(handle, start, size):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    shelf = Shelf("file", torch.device("cpu"))
+    with pytest.raises(SurroundingsError, match=r"moecli-states-.*` needs 3.7e-06 GiB, .* free"):
+        shelf.put(0, torch.ones(1000))
+    shelf.close()

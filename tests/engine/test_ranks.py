@@ -246,6 +246,24 @@ def test_statistics_are_those_of_one_process(size, ready, single):
     assert kinds.count("stage_started") == kinds.count("stage_finished") == kinds.count("run_finished") == 1
 
 
+def test_more_processes_than_samples(tiny_model, tmp_path):
+    """One of them sees no text; samples keep their dtype, bfloat16."""
+    rows = "".join(json.dumps({"text": f"text {i} of a few"}) + "\n" for i in range(9))
+    (tmp_path / "text.jsonl").write_text(rows)
+    recipe(tmp_path, tiny_model("qwen3_moe", dtype="bfloat16"), PADDED | {"samples": 2})
+    for size in (1, 3):
+        results = run(tmp_path, size, f"of-{size}")
+        assert [code for code, _ in results] == [0] * size, results
+    one, three = of_run(tmp_path / "of-1"), of_run(tmp_path / "of-3")
+    for layer, expected in one.items():
+        assert three[layer].tokens == expected.tokens
+        assert int(three[layer].count_E.sum()) == int(expected.count_E.sum())
+        for statistic in names_in(expected):
+            a, b = three[layer][statistic], expected[statistic]
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), statistic
+        assert torch.equal(three[layer]["tok_reservoir_key"], expected["tok_reservoir_key"])
+
+
 # -- when one of them stops
 
 AT_LAYER_1 = """
