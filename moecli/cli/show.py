@@ -48,6 +48,8 @@ def model_sketch(model: str, revision: str | None) -> tuple[ModelSketch, str]:
 def plan_document(plan: Plan, run_dir: Path) -> Document:
     """Steps with their wiring and state, and what the run will cost."""
     from moecli.runner.estimate import estimate
+    from moecli.runner.plan import SOURCE
+    from moecli.runner.roofline import estimates
     from moecli.runner.status import status
 
     states = status(plan, run_dir)
@@ -73,6 +75,10 @@ def plan_document(plan: Plan, run_dir: Path) -> Document:
         "export": plan.export,
         "estimate": costs,
         "disk_free_bytes": free,
+        "speed_estimates": [
+            one.model_dump(mode="json")
+            for one in estimates(plan.source, None if plan.final == SOURCE else plan.sketch_of(plan.final))
+        ],
     }
 
 
@@ -111,7 +117,19 @@ def plan_text(document: Document) -> str:
     ]
     if costs["disk_bytes"] is not None and costs["disk_bytes"] > free:
         lines.append(f"warning: the run needs up to {size(costs['disk_bytes'])} of disk, {size(free)} free")
-    return "\n".join([table, "", *lines])
+    return "\n".join([table, "", *lines, *_speed_lines(document["speed_estimates"])])
+
+
+def _speed_lines(found: list[Document]) -> list[str]:
+    """What named GPUs could do at most, before and after."""
+    from moecli.runner.report import SpeedEstimate
+    from moecli.runner.report_words import estimates_table, estimates_text
+
+    if not found:
+        return []
+    rows = [SpeedEstimate.model_validate(one) for one in found]
+    head, cells = estimates_table(rows)
+    return ["", table_text(head, cells, right=range(1, len(head))), "", estimates_text(rows)]
 
 
 def status_document(plan: Plan, run_dir: Path) -> Document:

@@ -260,6 +260,20 @@ class Figures(Record):
         return tuple(leads.get(group) for group in groups)
 
 
+class SpeedEstimate(Record):
+    """What a GPU could do at most, by the roofline model (`ops.roofline`): tokens/s, memory. Not measured."""
+
+    gpu: str
+    what: Literal["decode", "prefill"]
+    batch: int
+    tokens: int
+    """Of the prompt, or of the context that decode goes on from."""
+    before: float
+    after: float | None = None
+    before_bytes: int
+    after_bytes: int | None = None
+
+
 class Check(Record):
     """One check of the written model."""
 
@@ -295,6 +309,8 @@ class Report(Record):
     calibration: Calibration | None = None
     figures_data: Figures = Figures()
     verification: Verification | None = None
+    estimates: tuple[SpeedEstimate, ...] = ()
+    """How fast source and result could run on named GPUs; what was measured is among the metrics."""
     warnings: tuple[str, ...] = ()
 
 

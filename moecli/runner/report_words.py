@@ -18,6 +18,7 @@ from moecli.runner.report import (
     Report,
     SizeRecord,
     SizeSide,
+    SpeedEstimate,
     StageRecord,
     Verification,
 )
@@ -256,6 +257,7 @@ def render_markdown(report: Report) -> str:
         *([_md_warnings(report.warnings)] if report.warnings else []),
         f"## Quality\n\n{metrics_markdown(report.metrics)}",
         f"## Size\n\n{size_markdown(report.size)}",
+        *([f"## Speed on named GPUs\n\n{estimates_markdown(report.estimates)}"] if report.estimates else []),
         f"## Calibration\n\n{_md_calibration(report)}",
         f"## Stages\n\n{_md_stages(report.stages)}",
         f"## Verification\n\n{_md_verification(report.verification)}",
@@ -349,6 +351,41 @@ def size_markdown(size: SizeRecord | None) -> str:
         return "Sizes were not recorded in this run."
     table = markdown_table(["", "before", "after", "left"], size_rows(size), right=(1, 2, 3))
     return table if size.after else table + "\n\nNo model was written in this run."
+
+
+def estimates_table(estimates: Sequence[SpeedEstimate]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: a GPU a row, tokens/s of each step before and after."""
+    steps = list(dict.fromkeys((e.what, e.batch) for e in estimates))
+    cell = {(e.gpu, e.what, e.batch): _estimate_text(e) for e in estimates}
+    rows = [
+        [gpu, *(cell[gpu, what, batch] for what, batch in steps)] for gpu in dict.fromkeys(e.gpu for e in estimates)
+    ]
+    return ["estimate, tokens/s", *(f"{what}, batch {batch}" for what, batch in steps)], rows
+
+
+def _estimate_text(one: SpeedEstimate) -> str:
+    return f"{one.before:,.0f}" + ("" if one.after is None else f" → {one.after:,.0f}")
+
+
+def estimates_text(estimates: Sequence[SpeedEstimate]) -> str:
+    """What keeps the table apart from measurements."""
+    tokens = estimates[0].tokens
+    memory = {e.batch: e for e in estimates if e.what == "decode"}
+    needs = "; ".join(
+        f"{bytes_text(e.before_bytes)}{'' if e.after_bytes is None else f' → {bytes_text(e.after_bytes)}'} "
+        f"at batch {batch}"
+        for batch, e in memory.items()
+    )
+    return (
+        f"Estimate, not measured: the most that each GPU's memory bandwidth and arithmetic allow at {tokens:,} tokens "
+        "of context, with weights read as they are stored and independent routing. Real programs are slower, most of "
+        f"all at small batches. Memory with the cache: {needs}."
+    )
+
+
+def estimates_markdown(estimates: Sequence[SpeedEstimate]) -> str:
+    head, rows = estimates_table(estimates)
+    return f"{markdown_table(head, rows, right=range(1, len(head)))}\n\n{estimates_text(estimates)}"
 
 
 def _md_warnings(warnings: Sequence[str]) -> str:

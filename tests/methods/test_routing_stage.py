@@ -37,6 +37,9 @@ def test_numbers_are_those_of_the_analysis(checkpoint, context, options):
     twice = 2 * source.facts.top_k
     assert found["hit rate LRU"] == whole["locality"]["cache"]["model"]["lru"]["rate"][twice - 1]
     assert found["hit rate SCH 4"] == whole["locality"]["cache"]["model"]["4"]["rate"][twice - 1]
+    [chart] = ctx.records["charts"]
+    assert [line["name"] for line in chart["series"]] == ["result, LRU", "result, SCH 16"]
+    assert len(chart["series"][0]["x"]) == len(chart["series"][0]["y"]) == source.facts.experts
     assert ctx.records["cache"]["curves"]["4"] == whole["locality"]["cache"]["model"]["4"]["rate"]
 
 

@@ -21,7 +21,7 @@ Source: arXiv 2505.16056; the definitions are in `ops.locality` and `ops.usage`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
@@ -111,11 +111,35 @@ def routing(opt: Routing, source: Checkpoint, model: Checkpoint, ctx: Context) -
     cache = found["locality"]["cache"]
     curves = {name: curve["rate"] for name, curve in cache["model"].items()}
     ctx.record("cache", {"expert_bytes": cache["expert_bytes"], "bytes_per_layer": budget, "curves": curves})
+    side = "source" if ctx.input_keys.get("source") == ctx.input_keys["model"] else "result"
+    ctx.record("charts", [_chart(side, cache["expert_bytes"], curves)])
     settings_said = {
         "dataset": opt.dataset, "digest": text.digest, "samples": len(text.ids), "cache_samples": opt.cache_samples,
         "tokens_per_sample": opt.tokens_per_sample, "dtype": dtype, "cache_bytes_per_layer": budget,
     }  # fmt: skip
     return Evaluation(tuple(_metrics(found, budget)), settings_said)
+
+
+def _chart(side: str, expert_bytes: float, curves: Mapping[str, list[float]]) -> Document:
+    """Hits against bytes, so that models with other experts can be laid over each other: LRU, and what bounds it."""
+    ahead = [name for name in curves if name != LRU]
+    names = [LRU, *ahead[len(ahead) // 2 : len(ahead) // 2 + 1]]
+    return {
+        "title": "Hits of a cache of experts",
+        "caption": "Share of expert visits that find their expert in a cache of one layer, mean over layers and "
+        "samples. LRU keeps what was used last; SCH is the best that a look-ahead of that many tokens allows. Higher "
+        "is better.",
+        "x_label": "MiB of cache in each layer",
+        "y_label": "hit rate",
+        "series": [
+            {
+                "name": f"{side}, {'LRU' if name == LRU else f'SCH {name}'}",
+                "x": [(c + 1) * expert_bytes / 2**20 for c in range(len(curves[name]))],
+                "y": curves[name],
+            }
+            for name in names
+        ],
+    }
 
 
 def _metrics(found: Document, budget: float) -> Iterator[Metric]:
