@@ -35,6 +35,7 @@ from moecli.runner.report import (
     Verification,
     metric_rows,
 )
+from moecli.runner.roofline import estimates
 
 _PARTS: Mapping[str, Part] = {
     "expert": "experts",
@@ -70,6 +71,7 @@ def gather(execution: Execution) -> Report:
         calibration=_calibration(execution),
         figures_data=_figures(execution),
         verification=Verification.model_validate(execution.exported["verification"]) if execution.exported else None,
+        estimates=estimates(plan.source, plan.sketch_of(final) if final != SOURCE else None),
     )
 
 
