@@ -209,7 +209,8 @@ class Shelf:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         self._files += 1
         path = Path(self._folder.name) / f"{self._files}.bin"
-        with disk_errors(path.parent, like.nbytes), path.open("wb") as file:  # a full disk would end a mapping in SIGBUS
+        # Room first: in a mapping a full disk ends the process without a word.
+        with disk_errors(path.parent, like.nbytes), path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, like.nbytes)
         return torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
 
