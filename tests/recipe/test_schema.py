@@ -282,3 +282,28 @@ def test_as_number(text: str, whole: bool, number: str | None) -> None:
     assert as_number(text, whole) == number
     if number is not None:
         assert isinstance(yaml.safe_load(number), int if whole else int | float)
+
+
+EXPECTED = "expected:\n  - {task: arc, metric: acc, value: 0.5, tolerance: 0.01, source: Table 2}\n"
+
+
+def test_expected_numbers_survive_resolving() -> None:
+    from moecli.recipe.schema import resolved_yaml
+    from moecli.runner import lookup
+
+    text = "recipe: 1\nmodel: demo\nstages:\n  - run: quantize/rtn\n"
+    without = loads(text, lambda name: lookup.find(name).options, lookup.names())
+    assert "expected" not in resolved_yaml(without)
+    recipe = loads(text + EXPECTED, lambda name: lookup.find(name).options, lookup.names())
+    again = loads(resolved_yaml(recipe), lambda name: lookup.find(name).options, lookup.names())
+    assert again.expected == recipe.expected
+    assert recipe.expected[0].tolerance == 0.01
+
+
+def test_an_expected_number_needs_its_source() -> None:
+    from moecli.runner import lookup
+
+    text = "recipe: 1\nmodel: demo\nstages:\n  - run: quantize/rtn\n" + EXPECTED.replace(", source: Table 2", "")
+    with pytest.raises(RecipeError) as caught:
+        loads(text, lambda name: lookup.find(name).options, lookup.names())
+    assert caught.value.diagnostics[0].message == "an expected value needs `source`"
