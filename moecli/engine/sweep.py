@@ -423,7 +423,7 @@ class Routes:
 
 class _Probe:
     """Hooks on one MoE layer: the three inputs of `experts` (the same in every version and family), their
-    sum, and, when asked for, the router's logits and the residual stream.
+    sum, and, when asked for, the router's logits, the residual stream and what the block adds to it.
     """
 
     def __init__(self, layer: nn.Module, parts: adapter.MoeParts | None, needs: frozenset[str], index: int) -> None:
@@ -431,6 +431,7 @@ class _Probe:
         self._norms: list[tuple[Tensor, Tensor]] = []
         self.logits: Tensor | None = None
         self.residual: Tensor | None = None
+        self.block: Tensor | None = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Probe:
@@ -440,6 +441,8 @@ class _Probe:
         self._on(experts.register_forward_hook(self._see_experts, with_kwargs=True))
         if "logits" in self._needs:
             self._on(self._parts.router.register_forward_hook(self._see_router))
+        if "block" in self._needs:
+            self._on(self._parts.block.register_forward_hook(self._see_sum))
         if "residual" in self._needs:
             self._on(self._parts.block.register_forward_pre_hook(self._see_block, with_kwargs=True))
             for child in self._layer.children():
@@ -457,6 +460,9 @@ class _Probe:
         hidden, index, weight = [*args, *kwargs.values()]
         self.hidden, self.index, self.weight = _rows(hidden), _rows(index), _rows(weight)
         self.routed = _rows(out)
+
+    def _see_sum(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self.block = _rows(out[0] if isinstance(out, tuple) else out)
 
     def _see_router(self, module: nn.Module, args: tuple, out: Any) -> None:
         """Logits come first or last, never next to weights alone: they stand at the end opposite the
@@ -504,6 +510,7 @@ class _Probe:
             logits_TE=None if self.logits is None else pick(self.logits),
             residual_TD=None if self.residual is None else pick(_rows(self.residual)),
             routed_TD=pick(self.routed) if scale == 1 else pick(self.routed) * scale,
+            block_TD=None if self.block is None else pick(self.block) if scale == 1 else pick(self.block) * scale,
             visits=visits,
             place_Tk=None if visits is None else pick(visits.groups.place_Tk),
             whole=rows is None and alias_E is None,
@@ -563,6 +570,7 @@ def _chunks(seen: Grouped, values_per_token: int, held: bool) -> Iterator[Groupe
 
 _PER_TOKEN = (
     "hidden_TD", "index_Tk", "weight_Tk", "token_T", "choice_Tk", "before_Tk", "logits_TE", "residual_TD", "routed_TD",
+    "block_TD",
 )  # fmt: skip
 
 

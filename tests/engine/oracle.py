@@ -16,7 +16,7 @@ from moecli.families import expert_forward, family_of
 
 VECTORS = (
     "count", "gate_sum", "gate_sq", "prob_sum", "prob_routed", "ean_sum", "ean_sq", "gean_sum", "gean_sq", "easy",
-    "absmax",
+    "share", "absmax",
 )  # fmt: skip
 OF_X, OF_H = ("x2", "px2", "x_abs", "x_max"), ("h1", "h2", "h_abs", "h_max", "ph2", "phmax")
 NORM_BEFORE_BLOCK = {"lfm2_moe": "ffn_norm"}
@@ -62,6 +62,7 @@ class _Layer:
         norm = NORM_BEFORE_BLOCK.get(source.facts.model_type, "post_attention_layernorm")
         model.get_submodule(family.experts_module(layer)).register_forward_pre_hook(self._routing)
         model.get_submodule(f"model.layers.{layer}.{norm}").register_forward_pre_hook(self._stream)
+        model.get_submodule(family.moe_block(layer)).register_forward_hook(self._added)
 
     def _router(self, source: Checkpoint, layer: int, role: str) -> Tensor | None:
         name = self.family.router_role(source, layer, role)
@@ -74,11 +75,14 @@ class _Layer:
     def _stream(self, module: Any, args: tuple) -> None:
         self.before = args[0].flatten(0, -2).double()
 
+    def _added(self, module: Any, args: tuple, out: Any) -> None:
+        self.after = (out[0] if isinstance(out, tuple) else out).flatten(0, -2).double() * self.scale
+
     def add(self, mask: list[int], before: list[list[int]] | None) -> list[list[int]]:
         """One batch; `before` and the answer say where all of its tokens went, padding among them."""
         hidden, index, weight = self.seen
         for t in (t for t, valid in enumerate(mask) if valid):
-            self._add(hidden[t], index[t], weight[t], self.before[t])
+            self._add(hidden[t], index[t], weight[t], self.before[t], self.after[t])
             for old in before[t] if before is not None else ():
                 for new in index[t]:
                     self.total["transition"][old, new] += 1
@@ -93,7 +97,7 @@ class _Layer:
         }
         return self.total | rows | sample
 
-    def _add(self, x_D: Tensor, chosen: list[int], g_k: Tensor, before_D: Tensor) -> None:
+    def _add(self, x_D: Tensor, chosen: list[int], g_k: Tensor, before_D: Tensor, block_D: Tensor) -> None:
         total = self.total
         logits = self.router @ x_D + (0 if self.bias is None else self.bias)
         softmax = logits.softmax(-1)
@@ -119,6 +123,7 @@ class _Layer:
             norm = float(y_ED[expert].norm())
             h_F = h_EF[expert]
             shares: Mapping[str, Any] = {
+                "share": gate * float(y_ED[expert] @ routed) / (float(block_D @ block_D) + 1e-6),
                 "count": 1, "gate_sum": gate, "gate_sq": gate**2, "ean_sum": norm, "ean_sq": norm**2,
                 "gean_sum": gate * norm, "gean_sq": (gate * norm) ** 2, "easy": gate * norm * change,
                 "prob_routed": score[expert], "x2": x_D**2, "px2": (gate * x_D) ** 2, "x_abs": x_D.abs(),

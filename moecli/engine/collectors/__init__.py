@@ -37,6 +37,7 @@ from moecli.engine.collectors.outputs import (
     GeanSum,
     GramCos,
     GyMean,
+    Share,
     YMean,
 )  # fmt: skip
 from moecli.engine.collectors.routing import (
@@ -72,7 +73,7 @@ FORWARD: Mapping[str, type[Collector]] = {
     kind.name: kind
     for kind in (
         Count, GateSum, GateSq, ProbSum, ProbRouted, Entropy, LogitGram, CoActivation, Transition, TopkIdx, TopkW,
-        EanSum, EanSq, GeanSum, GeanSq, Easy, AbsMax, YMean, GyMean, GramCos,
+        EanSum, EanSq, GeanSum, GeanSq, Easy, Share, AbsMax, YMean, GyMean, GramCos,
         X2, Px2, XAbs, XMax, H1, H2, HAbs, HMax, Ph2, PhMax,
         XCov, GxCov, XCovPool, HCov, GhCov, PhCov, TokReservoir, ActSample,
     )

@@ -53,6 +53,8 @@ class Grouped:
     """h"""
     routed_TD: Tensor | None = None
     """sum over A_t of g*y, as the model adds it to the stream"""
+    block_TD: Tensor | None = None
+    """the same with shared experts, where the family has them"""
     visits: Visits | None = None
     """What the layer's own pass through the experts left, padding among it; None: outputs are computed anew"""
     place_Tk: Tensor | None = None

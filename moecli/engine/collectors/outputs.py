@@ -66,6 +66,22 @@ class Easy(_OfVisits):
         return grouped.sum_E(grouped.gate_S * grouped.norm_S * change_T[grouped.row_S])
 
 
+class Share(_OfVisits):
+    """Sum over X_i of g_ti <y_ti, r_t> / (||b_t||^2 + 1e-6), r_t the routed sum and b_t what the block adds to the
+    stream, shared experts with it: an expert's signed part of the output. Over all experts it sums to that of
+    ||r_t||^2. float64 [E], sum. MoE-Slimming (2606.18304): the gradient of its local loss times the output, but for
+    a constant. Where a family scales what it adds to the stream, so are r_t and b_t.
+    """
+
+    name = "share"
+    needs = frozenset({"outputs", "block"})
+
+    def of(self, grouped: Grouped) -> Tensor:
+        inverse_T = 1 / (grouped.block_TD.float().square().sum(-1) + 1e-6)
+        along_S = (grouped.output_SD.float() * grouped.routed_TD[grouped.row_S].float()).sum(-1)
+        return grouped.sum_E(grouped.gate_S * along_S * inverse_T[grouped.row_S])
+
+
 class AbsMax(_OfVisits):
     """Largest |y| over X_i and all channels, un-gated. float32 [E], maximum. Super Experts (2507.23279)."""
 
