@@ -26,6 +26,7 @@ import os
 import pickle
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -165,18 +166,14 @@ class Ranks:
     def last_words(self, error: BaseException) -> BaseException:
         """What this rank raises in the place of `error`, so that one rank says what happened and no other does."""
         own = isinstance(error, Exception) and not isinstance(error, Lost)
-        if own and self.leads:
-            patience = 0.0
-        else:
-            patience = BUSY_S if own else SILENCE_S
+        patience = BUSY_S if own else SILENCE_S
         try:
             if own:
-                bug = not isinstance(error, MoecliError)
-                words = {"rank": self.rank, "bug": bug, "message": str(error), "code": getattr(error, "code", 70)}
-                words |= {"hint": getattr(error, "hint", None), "where": getattr(error, "where", None)}
-                self._store.compare_set("stopped", "", json.dumps(words))
+                self._store.compare_set("stopped", "", json.dumps({"rank": self.rank, **_said(error)}))
             self._store.set(f"gone/{self.rank}", "said")
             self._store.set("leaving", "yes")
+            if own and self.leads:
+                return error
             silent = self._silent(patience)
             if self._there("stopped"):
                 return self._words(json.loads(self._store.get("stopped")), error, silent)
@@ -198,15 +195,13 @@ class Ranks:
             time.sleep(POLL_S)
 
     def _words(self, said: dict[str, Any], error: BaseException, silent: Sequence[int]) -> BaseException:
-        """The first rank says what another one left; a rank with a bug says it itself, as it has the trace."""
-        mine = said["rank"] == self.rank
-        if mine and (self.leads or said["bug"] or 0 in silent):
-            return error
-        if said["bug"] or not self.leads:
-            return SaidElsewhere()
-        words = MoecliError(
-            f"rank {said['rank']} of {self.size}: {said['message']}", where=said["where"], hint=said["hint"] or GO_ON
-        )
+        """The first rank says what another one left; that one itself, when the first is gone."""
+        if not self.leads:
+            return error if said["rank"] == self.rank and 0 in silent else SaidElsewhere()
+        message = f"rank {said['rank']} of {self.size}: {said['message']}"
+        if "trace" in said:
+            return RuntimeError(f"{message}\n\n{said['trace']}")
+        words = MoecliError(message, where=said["where"], hint=said["hint"] or GO_ON)
         words.code = ExitCode(said["code"])
         return words
 
@@ -222,6 +217,14 @@ class Ranks:
         return SurroundingsError(
             f"{which} of {self.size} {word} not answer: killed, or the machine is out of memory", hint=GO_ON
         )
+
+
+def _said(error: BaseException) -> dict[str, Any]:
+    """What another rank needs to say it; of a bug the trace too."""
+    if isinstance(error, MoecliError):
+        return {"message": error.message, "where": error.where, "hint": error.hint, "code": int(error.code)}
+    first = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return {"message": first, "trace": "".join(traceback.format_exception(error))}
 
 
 ALONE = Ranks()

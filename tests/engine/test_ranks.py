@@ -324,11 +324,13 @@ def test_a_rank_that_fails_is_heard_once(rank, what, code, message, ready):
 
 
 def test_a_bug_keeps_its_trace(ready):
-    (first, said), (other, own) = stopped(ready, "bug", 1, BUG)
-    assert (first, other) == (1, 70)
-    assert "error: ValueError: of a kind; this is a bug in moecli, the whole trace is in " in own
-    assert "error:" not in said
-    Path(own.split(" is in ")[1].strip()).unlink()
+    (first, said), (other, silent) = stopped(ready, "bug", 1, BUG)
+    assert (first, other) == (70, 1)
+    assert "rank 1 of 2: ValueError: of a kind; this is a bug in moecli, the whole trace is in " in said
+    log = Path(said.split(" is in ")[1].strip())
+    assert "in stop\nValueError: of a kind\n" in log.read_text()
+    log.unlink()
+    assert silent == ""
 
 
 def test_stopped_from_outside(ready):
