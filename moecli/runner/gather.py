@@ -132,7 +132,7 @@ def _metrics(execution: Execution) -> tuple[Iterable[MetricRow], list[str]]:
             continue
         found = execution.artifact(index, Evaluation)
         assert isinstance(found, Evaluation)
-        if outcome.step.stage.on_source_too and SOURCE in outcome.step.inputs.values():
+        if outcome.step.stage.on_source_too and _of_source(outcome):
             before[outcome.step.position] = found
         else:
             both = Evaluation(found.source) if found.source else None
@@ -147,12 +147,18 @@ def _metrics(execution: Execution) -> tuple[Iterable[MetricRow], list[str]]:
             rows |= {(row.task, row.metric): row for row in metric_rows(found, None)}
     return rows.values(), warnings
 
+def _of_source(outcome: Outcome) -> bool:
+    """Whether every model it was given is the source; a stage may take that beside the one it evaluates."""
+    step = outcome.step
+    return all(i == SOURCE for name, i in step.inputs.items() if issubclass(step.stage.inputs[name].type, Checkpoint))
+
+
 
 def _same_on_source(execution: Execution, outcome: Outcome) -> Evaluation | None:
     """An earlier evaluation with the same options that ran on the source itself."""
     for index, other in execution.outcomes.items():
         same = other.step.identity["options"] == outcome.step.identity["options"]
-        if same and other.step.stage is outcome.step.stage and SOURCE in other.step.inputs.values():
+        if same and other.step.stage is outcome.step.stage and _of_source(other):
             found = execution.artifact(index, Evaluation)
             return found if isinstance(found, Evaluation) else None
     return None

@@ -2,7 +2,11 @@
 
 from types import SimpleNamespace
 
-from moecli.runner.gather import fates_of_experts
+import pytest
+
+from moecli.runner import lookup
+from moecli.runner.gather import _of_source, fates_of_experts
+from moecli.runner.plan import SOURCE
 
 SIX = SimpleNamespace(experts=6)
 
@@ -26,3 +30,13 @@ def test_pruning_what_merging_left():
     kept, groups = fates_of_experts(SIX, records)
     assert kept == {0: (3, 4)}
     assert groups == {0: (-1, -1, 0, 0, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "of_source"), [((SOURCE, SOURCE), True), ((SOURCE, 2), False), ((2, SOURCE), False)]
+)
+def test_an_evaluation_that_takes_the_source_too_is_of_the_model_it_evaluates(inputs, of_source):
+    step = SimpleNamespace(
+        inputs=dict(zip(("source", "model"), inputs, strict=True)), stage=lookup.find("eval/routing")
+    )
+    assert _of_source(SimpleNamespace(step=step)) is of_source
