@@ -39,8 +39,8 @@ T = TypeVar("T")
 Source = tuple[Slot, Entry | None]
 """An on-disk tensor's place in the model, and in a file; None where it is computed."""
 
-SPAN_BYTES = 16 << 20
-READERS = 8
+SPAN_BYTES = 32 << 20
+READERS = 12
 """Threads that read; each holds two pinned buffers of one span."""
 
 

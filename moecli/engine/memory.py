@@ -35,7 +35,6 @@ _WORDS = {
     "memory": "in memory",
     "file": "in a memory-mapped file",
 }
-_BUFFER_BYTES = 64 << 20
 DEVICE_SHARE, HOST_SHARE = 0.85, 0.5
 """Parts of what is free that a plan may use."""
 
@@ -146,27 +145,6 @@ def _free_in_memory() -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))
-
-
-def fetched(tensor: Tensor) -> Tensor:
-    """The tensor in CPU memory. A large one goes through two pinned buffers, one filled while the other is emptied."""
-    if not tensor.is_cuda or tensor.nbytes < 4 * _BUFFER_BYTES:
-        return tensor.cpu()
-    found = torch.empty(tensor.shape, dtype=tensor.dtype)
-    step = _BUFFER_BYTES // tensor.element_size()
-    pieces = list(zip(tensor.reshape(-1).split(step), found.view(-1).split(step), strict=True))
-    buffers = [torch.empty(step, dtype=tensor.dtype, pin_memory=True) for _ in range(2)]
-    stream, done = torch.cuda.current_stream(tensor.device), [torch.cuda.Event() for _ in range(2)]
-    for index in range(len(pieces) + 1):
-        if index < len(pieces):
-            source = pieces[index][0]
-            buffers[index % 2][: len(source)].copy_(source, non_blocking=True)
-            done[index % 2].record(stream)
-        if index > 0:
-            target, last = pieces[index - 1][1], (index - 1) % 2
-            done[last].synchronize()
-            target.copy_(buffers[last][: len(target)])
-    return found
 
 
 class Shelf:

@@ -38,10 +38,11 @@ from moecli.core.errors import StageFailed
 from moecli.core.model import ModelFacts
 from moecli.engine.collectors import CATALOGUE, Collector, Grouped, LayerShape, collectors, needs_of
 from moecli.engine.data import Batch
+from moecli.engine.fetch import fetched
 from moecli.engine.flow import Flow, Recorder, Replaced, Text, inputs, moved
 from moecli.engine.fused import FusedLayer, fused, inner_of, outputs_of
 from moecli.engine.loader import Loader
-from moecli.engine.memory import Plan, fetched, plan_for, sizes_of
+from moecli.engine.memory import Plan, plan_for, sizes_of
 from moecli.engine.ranks import ALONE, Ranks, combined
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP

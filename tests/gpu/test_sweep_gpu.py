@@ -15,7 +15,8 @@ from moecli.engine import fused as fused_module
 from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
 from moecli.engine.loader import Loader
-from moecli.engine.memory import Plan, fetched
+from moecli.engine.fetch import fetched
+from moecli.engine.memory import Plan
 from moecli.engine.sweep import sweep
 from moecli.families.adapter import decoder_layers, empty_model, load_model, tensor_map
 from moecli.io.formats import put_packed, quantization_config
@@ -150,8 +151,11 @@ def test_gram_kernel_equals_its_twin(dtype: torch.dtype, tokens: int, width: int
 
 
 def test_large_tensors_come_whole() -> None:
-    source = torch.arange(5 * (64 << 20) // 4 + 7, device="cuda").float().view(-1, 1)
-    assert torch.equal(fetched(source), source.cpu())
+    for count in (5, 1 << 18, 5 * (16 << 20) // 4 + 7):
+        source = torch.arange(count, device="cuda").float().view(-1, 1)
+        assert torch.equal(fetched(source), source.cpu())
+    turned = torch.randn(700, 900, device="cuda").T
+    assert torch.equal(fetched(turned), turned.cpu())
 
 
 def test_alias_statistics(tiny_model: Maker) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moecli.engine.collectors.base import Collector, LayerShape, Total
 from moecli.engine.collectors.grouped import Grouped, used_TE
+from moecli.engine.fetch import fetched
 
 
 class Count(Total):
@@ -175,7 +176,7 @@ class _Trace(Collector):
 
     def result(self) -> dict[str, Tensor]:
         order = torch.cat([torch.empty(0, dtype=torch.int64), *self._tokens]).argsort()
-        return {self.name: torch.cat([self._empty, *self._rows]).cpu()[order]}
+        return {self.name: fetched(torch.cat([self._empty, *self._rows]))[order]}
 
 
 class TopkIdx(_Trace):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moecli.engine.collectors.base import Collector, LayerShape
 from moecli.engine.collectors.grouped import Grouped
+from moecli.engine.fetch import fetched
 
 
 def token_key(token_T: Tensor) -> Tensor:
@@ -75,8 +76,8 @@ class Sample(Collector):
         """Shape of what is kept of one token."""
 
     def result(self) -> dict[str, Tensor]:
-        rows = torch.empty(0, *self.row(self._shape)) if self._rows is None else self._rows.cpu()
-        return {self.name: rows.movedim(0, self.dim).contiguous(), f"{self.name}_key": self._key_S.clone()}
+        rows = torch.empty(0, *self.row(self._shape)) if self._rows is None else self._rows
+        return {self.name: fetched(rows.movedim(0, self.dim).contiguous()), f"{self.name}_key": self._key_S.clone()}
 
     @classmethod
     def held_bytes(cls, shape: LayerShape) -> int:
