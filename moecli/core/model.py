@@ -84,6 +84,9 @@ class ModelSketch:
     uneven: bool = False
     """Whether layers may keep different numbers of experts: then counts here are their mean."""
 
+    within_groups: bool = False
+    """Whether clusters stay within the groups of group-limited routing, the same number in each."""
+
     @property
     def bytes(self) -> int:
         return sum(spec.bytes for spec in self.specs.values())

@@ -263,7 +263,8 @@ def _sketch_before(inputs: Mapping[str, int], steps: Sequence[Step], source: Mod
     plans = [made[i] for i in inputs.values() if i != SOURCE and made[i].planned]
     if not plans:
         return replace(sketch, planned=None)
-    return replace(sketch, planned=plans[0].planned, uneven=sketch.uneven or plans[0].uneven)
+    uneven = sketch.uneven or plans[0].uneven
+    return replace(sketch, planned=plans[0].planned, uneven=uneven, within_groups=plans[0].within_groups)
 
 
 def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence[Step], seed: int) -> Step | None:

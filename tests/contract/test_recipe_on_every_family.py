@@ -20,8 +20,6 @@ QUICK = {"qwen3_moe", "deepseek_v3", "gpt_oss"}
 FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in tiny.FAMILIES]
 STACKED = {"gpt_oss", "granitemoe"}
 """Released checkpoints hold all experts of a layer in one tensor."""
-GROUPED = {"deepseek_v2", "deepseek_v3"}
-"""Experts are chosen within groups of them."""
 NARROW = {"qwen2_moe", "qwen3_next"}
 """A shared expert of width 40."""
 
@@ -105,11 +103,10 @@ def test_merged_behind_an_alias_map(family, text, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_by_fitted_experts_and_a_fitted_router(family, text, tiny_model, tmp_path):
-    """Loads everywhere; group-limited routing keeps all rows, since one row for each would move experts across."""
-    stages = calibrate(text) | {"cluster/m-smoe": {"keep": KEEP, "protect": "none"}, "merge/merge-moe": {}}
-    if family not in GROUPED:
-        stages |= {"router/refit": {}}
+    """Loads everywhere, under group-limited routing too when no cluster spans routing groups."""
+    cluster = {"keep": KEEP, "protect": "none", "routing_groups": "keep"}
+    stages = calibrate(text) | {"cluster/m-smoe": cluster, "merge/merge-moe": {}, "router/refit": {}}
     result, written = run(tiny_model(family, dtype="bfloat16"), stages, tmp_path)
     assert verification(result)["logits"] == "largest difference 0, allowed 0"
-    assert result.report.export == ("compact" if family in GROUPED else "stock")
-    assert (written.facts.experts, written.facts.router_rows) == (KEEP, EXPERTS if family in GROUPED else KEEP)
+    assert result.report.export == "stock"
+    assert (written.facts.experts, written.facts.router_rows) == (KEEP, KEEP)

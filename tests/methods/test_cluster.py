@@ -213,3 +213,25 @@ def test_every_metric_makes_a_plan(name, metric, checkpoint, context):
     model, (method, options) = checkpoint(), METHODS[name]
     plan = method(options(keep=4, metric=metric), stats_of(model), model, context())
     assert sum(p.experts for p in plan.values()) == 4 * len(plan)
+
+
+@pytest.mark.parametrize("name", ["hc-smoe", "m-smoe", "ream", "sub-moe uniform"])
+def test_clusters_may_keep_within_routing_groups(name, checkpoint, context):
+    model, (method, options) = checkpoint("deepseek_v3"), METHODS[name]
+    plan = method(options(keep=4, routing_groups="keep", protect="none"), stats_of(model), model, context())
+    for p in plan.values():
+        assert [int(lead) // 4 for lead in p.lead_K] == [0, 0, 1, 1]
+        assert all({e // 4 for e in p.members(g)} == {int(lead) // 4} for g, lead in enumerate(p.lead_K))
+
+
+def test_groups_of_routing_must_divide_what_is_kept(checkpoint):
+    (problem,) = MSmoe(keep=5, routing_groups="keep").problems(checkpoint("deepseek_v3").facts)
+    assert problem.message == "`keep` must be a multiple of the router's 2 groups (`n_group`), got 5"
+    assert problem.hint == "use `keep: 4`"
+
+
+@pytest.mark.parametrize("options", [MSmoe(keep=4, uniform=False, routing_groups="keep"),
+                                     SubMoe(keep=4, routing_groups="keep")])  # fmt: skip
+def test_routing_groups_need_one_count(options, checkpoint):
+    (problem,) = options.problems(checkpoint("deepseek_v3").facts)
+    assert "needs the same number in every layer" in problem.message

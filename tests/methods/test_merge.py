@@ -117,11 +117,3 @@ def test_dropping_rows_keeps_those_of_the_leads(checkpoint, context):
 def test_rows_cannot_be_dropped_before_a_merge(checkpoint):
     (problem,) = RowDrop().problems(checkpoint().facts)
     assert "one row for each of its 8 experts" in problem.message
-
-
-def test_rows_cannot_be_dropped_across_routing_groups(checkpoint):
-    from dataclasses import replace
-
-    facts = replace(checkpoint("deepseek_v3").facts, experts=4)
-    (problem,) = RowDrop().problems(facts)
-    assert "across the router's 2 groups" in problem.message

@@ -218,3 +218,30 @@ def test_a_fit_without_tokens_is_refused(checkpoint, context):
     bare = CalibrationStats({layer: LayerStats(8, count, count.double()) for layer in model.facts.moe_layers})
     with pytest.raises(MoecliError, match="statistic `tok_reservoir` was not collected"):
         refit(Refit(), plan_for(model), alias, bare, context("router"))
+
+
+WITHIN = (torch.tensor([0, 1, 1, 0, 2, 3, 2, 2]), SHARES, LEADS)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_group_limited_routing_keeps_its_groups(name, checkpoint, context):
+    model = checkpoint("deepseek_v3")
+    stage, options = STAGES[name]
+    plan = plan_for(model, *WITHIN)
+    alias, ctx = merged(model, context, plan), context("router")
+    stage(options, plan, alias, stats_for(model), ctx)
+    stock = ctx.finish(alias)
+    assert (stock.facts.groups, stock.facts.router_rows) == (2, 4)
+    with torch.no_grad():
+        assert load_model(stock)(torch.arange(20)[None] % 100).logits.isfinite().all()
+
+
+def test_merges_across_routing_groups_are_refused_by_the_plan_and_by_the_stage(checkpoint, context):
+    model = checkpoint("deepseek_v3")
+    with pytest.raises(StageFailed, match="across the router's 2 groups"):
+        RowDrop().forecast(ModelSketch(model.facts, model.config, {}))
+    shares = SHARES.new_tensor([0.5, 1, 0.1, 0.5, 0.2, 1, 0.3, 0.4])
+    plan = plan_for(model, torch.tensor([0, 1, 2, 0, 2, 3, 2, 2]), shares, torch.tensor([0, 1, 4, 5]))
+    alias = merged(model, context, plan)
+    with pytest.raises(StageFailed, match="expert 2 is merged into another routing group"):
+        row_drop(RowDrop(), plan, alias, None, context("router"))

@@ -41,6 +41,9 @@ class Cluster(Options):
     protect: Literal["super_experts", "none"] = "super_experts"
     """`super_experts` leaves the few experts that carry massive activations (arXiv 2507.23279) alone in their groups;
     this default is ours, `none` is what the papers do."""
+    routing_groups: Literal["span", "keep"] = "span"
+    """Under group-limited routing: clusters may `span` routing groups (then the merged model keeps all router rows), or
+    `keep` within them, as many in each, so that `router/...` can give each one row."""
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if self.keep > model.experts:
@@ -49,9 +52,15 @@ class Cluster(Options):
                 f"`keep` must be at most the model's {model.experts} experts, got {self.keep}",
                 hint=f"`keep` counts the experts left per layer; `keep: {max(1, model.experts // 2)}` halves them",
             )
+        elif self.routing_groups == "keep" and self.keep % model.groups:
+            yield Problem(
+                "keep",
+                f"`keep` must be a multiple of the router's {model.groups} groups (`n_group`), got {self.keep}",
+                hint=f"use `keep: {max(1, self.keep // model.groups) * model.groups}`",
+            )
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
-        return replace(model, planned=self.keep)
+        return replace(model, planned=self.keep, within_groups=self.routing_groups == "keep")
 
 
 def reads(*names: str) -> Callable[[Cluster], tuple[str, ...]]:
@@ -97,9 +106,9 @@ def make_plan(
                 hint="calibrate with text, and with more `samples`",
             )  # fmt: skip
         wanted = opt.keep if keep is None else keep[layer]
-        alone = torch.tensor(safe.get(layer, []), dtype=torch.int64)
         weight_E = stats[layer].count_E if weight is None else weight(layer)
-        layers[layer] = _layer_plan(layer, weight_E, alone, wanted, grouping)
+        blocks = model.facts.groups if opt.routing_groups == "keep" else 1
+        layers[layer] = _layer_plan(layer, weight_E, set(safe.get(layer, [])), wanted, blocks, grouping)
     return ExpertPlan(layers)
 
 
@@ -112,23 +121,29 @@ def protected(opt: Cluster, stats: CalibrationStats, model: Checkpoint, ctx: Con
     return found
 
 
-def _layer_plan(layer: int, weight_E: Tensor, alone: Tensor, keep: int, grouping: Grouping) -> LayerPlan:
+def _layer_plan(layer: int, weight_E: Tensor, safe: set[int], keep: int, blocks: int, grouping: Grouping) -> LayerPlan:
+    """Groups of each block of consecutive experts, put together."""
     count = len(weight_E)
-    others = torch.ones(count, dtype=torch.bool).index_fill(0, alone, False).nonzero().flatten()
-    left = keep - len(alone)
-    if left < 0 or (left == 0 and len(others)):
-        raise StageFailed(
-            f"`keep: {keep}` leaves {max(left, 0)} groups for {len(others)} experts beside {len(alone)} protected "
-            "Super Experts",
-            where=f"layer {layer}",
-            hint=f"raise `keep` to {len(alone) + 1} or more, or write `protect: none`",
-        )
-    group_N, lead_K, extra = grouping(layer, others, left)
-    group_E = torch.empty(count, dtype=torch.int64)
-    group_E[others] = group_N
-    group_E[alone] = left + torch.arange(len(alone))
-    group_E, lead_K = in_lead_order(group_E, torch.cat((others[lead_K], alone)))
-    return LayerPlan(group_E, shares(weight_E, group_E, keep), lead_K, {} if len(alone) else extra)
+    group_E, leads, extra = torch.empty(count, dtype=torch.int64), [], {}
+    for block in torch.arange(count).chunk(blocks):
+        alone = torch.tensor([e for e in block.tolist() if e in safe], dtype=torch.int64)
+        others = torch.tensor([e for e in block.tolist() if e not in safe], dtype=torch.int64)
+        left = keep // blocks - len(alone)
+        if left < 0 or (left == 0 and len(others)):
+            raise StageFailed(
+                f"`keep: {keep}` leaves {max(left, 0)} groups for {len(others)} experts beside {len(alone)} protected "
+                "Super Experts",
+                where=f"layer {layer}",
+                hint=f"raise `keep` to {blocks * (len(alone) + 1)} or more, or write `protect: none`",
+            )
+        first = sum(len(some) for some in leads)
+        group_N, lead_K, extra = grouping(layer, others, left) if left else (others, others, {})
+        group_E[others] = first + group_N
+        group_E[alone] = first + left + torch.arange(len(alone))
+        leads.append(torch.cat((others[lead_K], alone)))
+    group_E, lead_K = in_lead_order(group_E, torch.cat(leads))
+    whole = blocks == 1 and not safe
+    return LayerPlan(group_E, shares(weight_E, group_E, keep), lead_K, extra if whole else {})
 
 
 def in_lead_order(group_E: Tensor, lead_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ Source: arXiv 2310.01334, section 3.2; router logits taken from the model's own 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan
 from moecli.core.context import Context
-from moecli.core.model import ModelSketch
+from moecli.core.errors import Problem
+from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import stage
 from moecli.methods.cluster import Cluster, Groups, Metric, distances, gram, make_plan, protected, reads
 
@@ -36,6 +38,13 @@ class MSmoe(Cluster):
     """What makes experts alike."""
     uniform: bool = True
     """Whether all layers keep `keep` experts, or `keep` on average, where usage is most even."""
+
+    def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        yield from super().problems(model)
+        if self.routing_groups == "keep" and not self.uniform:
+            yield Problem(
+                "uniform", "`routing_groups: keep` needs the same number in every layer", "leave `uniform` out"
+            )
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
         return replace(super().forecast(model), uneven=not self.uniform)

@@ -20,7 +20,7 @@ Source: arXiv 2506.23266, section 3.2 (Eqs. 2-3) and 3.3. Restarts, iterations a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan
 from moecli.core.context import Context
-from moecli.core.errors import StageFailed
-from moecli.core.model import ModelSketch
+from moecli.core.errors import Problem, StageFailed
+from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import stage
 from moecli.methods.cluster import Cluster, Groups, Metric, busiest, gram, make_plan, pooled_gram, protected, reads
 from moecli.ops.kmeans import Clustering, CostCurve, kernel_kmeans, renumbered
@@ -50,6 +50,12 @@ class SubMoe(Cluster):
     restarts: PositiveInt = 10
     """Runs of K-means from other seeds; the best is kept."""
 
+    def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        yield from super().problems(model)
+        if self.routing_groups == "keep" and self.alloc != "uniform":
+            hint = "write `alloc: uniform`"
+            yield Problem("alloc", "`routing_groups: keep` needs the same number in every layer", hint)
+
     def forecast(self, model: ModelSketch) -> ModelSketch:
         return replace(super().forecast(model), uneven=self.alloc != "uniform" and self.window > 1)
 
@@ -60,33 +66,38 @@ def needs(opt: SubMoe) -> tuple[str, ...]:
 
 @stage("cluster/sub-moe", version=1, needs=needs)
 def sub_moe(opt: SubMoe, stats: CalibrationStats, model: Checkpoint, ctx: Context) -> ExpertPlan:
-    safe = protected(opt, stats, model, ctx)
+    def alike(layer: int, some: Tensor) -> Tensor:
+        return gram(opt.metric, layer, stats, model, ctx)[some][:, some]
+
+    def grouping(layer: int, some: Tensor, wanted: int) -> Groups:
+        group_N = found.get(layer)
+        if group_N is None:
+            group_N = kernel_kmeans(alike(layer, some), wanted, ctx.rng, restarts=opt.restarts).group_N
+        return Groups(group_N, busiest(group_N, stats[layer].count_E[some]))
+
     found: dict[int, Tensor] = {}
-    size, every = 1 if opt.alloc == "uniform" else opt.window, list(stats)
-    for window in ctx.track([every[i : i + size] for i in range(0, len(every), size)], "clustering"):
+    if opt.alloc == "uniform":
+        return make_plan(opt, stats, model, ctx, grouping)
+    safe, every = protected(opt, stats, model, ctx), list(stats)
+    for window in ctx.track([every[i : i + opt.window] for i in range(0, len(every), opt.window)], "sharing groups"):
         others = [free(layer, stats, safe) for layer in window]
         left = sum(opt.keep - len(safe.get(layer, [])) for layer in window)
         if left < len(window):
             raise StageFailed(
-                f"`keep: {opt.keep}` leaves {left} groups for {sum(map(len, others))} experts beside protected ones",
+                f"`keep: {opt.keep}` leaves {max(left, 0)} groups for {sum(map(len, others))} experts beside protected "
+                "Super Experts",
                 where=f"layers {window[0]} to {window[-1]}",
                 hint="raise `keep`, or write `protect: none`",
             )
         if opt.alloc == "joint_pool":
             groups = pooled(pooled_gram(window, others, stats, model, ctx), others, left, opt, ctx)
         else:
-            pairs = zip(window, others, strict=True)
-            grams = [gram(opt.metric, layer, stats, model, ctx)[some][:, some] for layer, some in pairs]
+            grams = [alike(layer, some) for layer, some in zip(window, others, strict=True)]
             groups = by_cost(grams, left, opt.restarts, ctx.rng)
         found |= dict(zip(window, groups, strict=True))
     keep = {layer: int(group_N.max()) + 1 + len(safe.get(layer, [])) for layer, group_N in found.items()}
-    short = opt.keep * len(found) - sum(keep.values())
-    if short:
+    if short := opt.keep * len(found) - sum(keep.values()):
         ctx.note(f"{short} groups fewer than `keep` asks for: clusters that span layers are cut by layer")
-
-    def grouping(layer: int, some: Tensor, wanted: int) -> Groups:
-        return Groups(found[layer], busiest(found[layer], stats[layer].count_E[some]))
-
     return make_plan(opt, stats, model, ctx, grouping, keep=keep)
 
 
@@ -99,8 +110,6 @@ def free(layer: int, stats: CalibrationStats, safe: dict[int, list[int]]) -> Ten
 def by_cost(grams: Sequence[Tensor], left: int, restarts: int, rng: torch.Generator) -> list[Tensor]:
     """Groups of the layers of a window, `left` in all: each time the layer whose cost rises least loses one."""
     curves = [CostCurve(some, lambda g, k: kernel_kmeans(g, k, rng, restarts=restarts)) for some in grams]
-    if len(curves) == 1:
-        return [curves[0].clustering(left).group_N]
     sizes = [len(some) for some in grams]
     while sum(sizes) > left:
         rises = [c.cost(k - 1) - c.cost(k) if k > 1 else float("inf") for c, k in zip(curves, sizes, strict=True)]

@@ -38,12 +38,6 @@ class StockRouter(Options):
                 f"the router has one row for each of its {model.experts} experts, so there is none to drop",
                 hint="put it below a `merge/...` stage, or leave it out",
             )
-        elif model.groups > 1:
-            yield Problem(
-                "",
-                f"dropping rows would move experts across the router's {model.groups} groups",
-                hint="leave it out: the merged model keeps all rows and its groups",
-            )
         elif model.experts < model.top_k:
             yield Problem(
                 "",
@@ -52,6 +46,11 @@ class StockRouter(Options):
             )
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
+        if model.facts.groups > 1 and not model.within_groups:
+            raise StageFailed(
+                f"one row for each merged expert would move experts across the router's {model.facts.groups} groups",
+                hint="write `routing_groups: keep` in the clustering, or leave this stage out",
+            )
         if model.uneven:
             raise StageFailed(
                 "layers keep different numbers of experts, and one row for each needs one number",
@@ -105,7 +104,7 @@ def replace_rows(
 ) -> Checkpoint:
     """One router row for each merged expert, as `new_rows` makes them; the alias map goes.
 
-    Raises StageFailed when layers keep different numbers of experts.
+    Raises StageFailed when layers keep different numbers of experts, or a group spans routing groups.
     """
     counts = {layer_plan.experts for layer_plan in plan.values()}
     if len(counts) > 1:
@@ -114,6 +113,8 @@ def replace_rows(
             hint="cluster with the same `keep` in every layer",
         )
     family = family_of(model.config)
+    for layer, layer_plan in plan.items():
+        _refuse_spanning(layer_plan, family.facts.groups, layer)
     config = family.shrink_config(model.config, counts.pop())
     gaps: dict[int, tuple[float, float]] = {}
     with ctx.writer(model, config=config) as out:
@@ -132,6 +133,16 @@ def replace_rows(
                 gaps[layer] = gap(router, family_of(config), rows, plan[layer], x_TD)
     _tell(gaps, ctx)
     return out.checkpoint
+
+
+def _refuse_spanning(plan: LayerPlan, blocks: int, layer: int) -> None:
+    """Under group-limited routing merged experts must stay in their routing group, as many in each."""
+    block_E = torch.arange(len(plan.group_E)) * blocks // len(plan.group_E)
+    block_K = block_E[plan.lead_K]
+    wrong = (block_K[plan.group_E] != block_E).nonzero().flatten()
+    if len(wrong) or len(torch.bincount(block_K, minlength=blocks).unique()) > 1:
+        what = f"expert {int(wrong[0])} is merged into another routing group" if len(wrong) else "routing groups differ"
+        raise StageFailed(what, where=f"layer {layer}", hint="write `routing_groups: keep` in the clustering")
 
 
 def mean_rows(router: Router, plan: LayerPlan, share_E: Tensor) -> Rows:
