@@ -7,7 +7,7 @@ from torch import Tensor
 
 _BUFFER_BYTES = 16 << 20
 _LARGE_BYTES = 1 << 20
-"""From here on two pinned buffers are worth their trouble: a copy to pageable memory ran at 1.7 GB/s."""
+"""From here on two pinned buffers are worth their trouble: a copy to pageable memory ran at 1.8 GB/s."""
 
 
 def fetched(tensor: Tensor) -> Tensor:

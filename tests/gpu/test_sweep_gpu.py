@@ -14,8 +14,8 @@ import torch
 from moecli.engine import fused as fused_module
 from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
-from moecli.engine.loader import Loader
 from moecli.engine.fetch import fetched
+from moecli.engine.loader import Loader
 from moecli.engine.memory import Plan
 from moecli.engine.sweep import sweep
 from moecli.families.adapter import decoder_layers, empty_model, load_model, tensor_map
