@@ -38,6 +38,7 @@ from moecli.core.errors import StageFailed, UsageError
 from moecli.core.model import ModelFacts
 from moecli.engine.collectors import Collector, Grouped, collectors
 from moecli.engine.data import Batch
+from moecli.engine.fetch import fetched
 from moecli.engine.flow import Flow, moved
 from moecli.engine.loader import Loader
 from moecli.engine.memory import (
@@ -48,7 +49,6 @@ from moecli.engine.memory import (
     Sizes,
     _free_in_memory,
     _free_on_device,
-    fetched,
     plan_for,
     sizes_of,
 )
