@@ -69,19 +69,50 @@ def _blocks(score_EF: Tensor, block: int, floor: int, safe: Collection[int], lay
 
 def _at_least(found_EB: Tensor, blocks: int) -> Tensor:
     """Blocks of each expert: so many, or more where more must stay."""
-    return torch.isinf(found_EB).sum(1).clamp(min=blocks)
+    return (found_EB == torch.inf).sum(1).clamp(min=blocks)
 
 
 def _best(found: list[Tensor], ratio: float, block: int) -> list[Tensor]:
     """Blocks of each expert when the best of all are taken together."""
     flat = torch.cat([found_EB.flatten() for found_EB in found])
     total = math.floor(len(flat) * block * (1 - ratio) + 1e-9) // block
-    if int(torch.isinf(flat).sum()) > total:
-        raise ValueError(f"{int(torch.isinf(flat).sum()) * block} channels must stay, the ratio leaves {total * block}")
+    fixed = int((flat == torch.inf).sum())
+    if fixed > total:
+        raise ValueError(f"{fixed * block} channels must stay, the ratio leaves {total * block}")
     taken = torch.zeros(len(flat), dtype=torch.int64)
     taken[flat.argsort(descending=True, stable=True)[:total]] = 1
     pieces = taken.split([found_EB.numel() for found_EB in found])
     return [piece.view_as(found_EB).sum(1) for piece, found_EB in zip(pieces, found, strict=True)]
+
+
+def coverage_scores(value_EF: Tensor, weight_E: Tensor) -> Tensor:
+    """-m at which a channel comes in when every expert keeps its smallest set of channels that holds
+    min(1, weight_e m) of its summed value; float64 [E, F].
+
+    Values and weights are at least 0. Keeping the n highest scores is keeping what the largest m gives whose sets have
+    n channels together. An expert of weight 0 has one channel at m = 0, as all have, and the rest after all others.
+    """
+    value_EF, order_EF = value_EF.double().sort(dim=1, descending=True, stable=True)
+    tiny = torch.finfo(torch.float64).tiny
+    before_EF = (value_EF.cumsum(1) - value_EF) / value_EF.sum(1, keepdim=True).clamp(min=tiny)
+    weight_E1 = weight_E.double().clamp(min=max(1e-9 * float(weight_E.max()), tiny))[:, None]
+    return torch.empty_like(value_EF).scatter_(1, order_EF, -before_EF / weight_E1)
+
+
+def budgeted(
+    score: Mapping[int, Tensor], value: Mapping[int, Tensor], weight: Mapping[int, float]
+) -> dict[int, Tensor]:
+    """{layer: float64 [E, F]}: each layer's channels in the order of `score`, with values such that keeping the highest
+    of all layers gives each layer as many channels as it needs for min(1, weight s) of its summed `value`, one s for
+    all.
+    """
+    found = {}
+    for layer, score_EF in score.items():
+        line = coverage_scores(value[layer].reshape(1, -1), torch.tensor([weight[layer]])).flatten()
+        order = score_EF.flatten().argsort(descending=True, stable=True)
+        placed = torch.empty_like(line).index_copy_(0, order, line.sort(descending=True).values)
+        found[layer] = placed.view_as(score_EF)
+    return found
 
 
 def refit_down(down_EDF: Tensor, gram_EFF: Tensor, kept_EF: Tensor, ridge: float) -> Tensor:

@@ -22,6 +22,7 @@ from moecli.methods.slim.camera_p import CameraP, camera_p
 from moecli.methods.slim.flap import Flap, flap
 from moecli.methods.slim.heapr import Heapr, heapr, saliency
 from moecli.methods.slim.magnitude import Magnitude, magnitude
+from moecli.methods.slim.moe_slimming import MoeSlimming, layer_weights, moe_slimming
 from moecli.methods.slim.random import Random, random
 from tests import tiny
 from tests.engine import gradient_oracle
@@ -270,6 +271,62 @@ def test_flap_puts_the_mean_of_dropped_channels_into_the_bias(checkpoint, contex
                 wanted = wanted + float(s["h1"][e, k]) / n * before.down_DF[e, :, k].double()
             torch.testing.assert_close(after.down_bias_D[e].double(), wanted, rtol=1e-4, atol=1e-6)
     assert not ctx.notes[1:]
+
+
+def test_moe_slimming_gives_experts_what_their_share_asks_for(checkpoint, context):
+    """Binary search for one m a layer, as the paper has it, against the stage."""
+    model, ctx = checkpoint(), context()
+    stats = stats_of(model, ["h2", "share"])
+    moe_slimming(MoeSlimming(ratio=0.5, widths="pad", scope="layer", align=1), stats, model, ctx)
+    for layer, s in stats.items():
+        assert bool((s.count_E > 0).all())
+        value, weight = s["h2"].sqrt().tolist(), s["share"].clamp(min=0).sqrt().tolist()
+
+        def counts(m, value=value, weight=weight):
+            found = []
+            for row, c in zip(value, weight, strict=True):
+                held, count, largest = 0.0, 0, sorted(row, reverse=True)
+                while count < 32 and held < min(1.0, c * m) * sum(row):
+                    held, count = held + largest[count], count + 1
+                found.append(count)
+            return found
+
+        low, high = 0.0, 1e6
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(counts(middle)) <= 128 else (low, middle)
+        kept = ctx.records["kept_channels"][str(layer)]
+        assert sum(kept) == 128
+        assert all(abs(k - c) <= 1 for k, c in zip(kept, counts(low), strict=True))
+        assert len(set(kept)) > 1
+
+
+def test_layers_of_moe_slimming_are_smoothed(checkpoint, context):
+    model = checkpoint()
+    shares = {0: 9.0, 1: 1.0, 2: 1.0, 3: 0.04}
+    layers = {i: LayerStats(1, torch.ones(1), torch.ones(1), {"share": torch.tensor([v])}) for i, v in shares.items()}
+    losses = list(shares.values())
+    for _ in range(4):
+        losses = [math.sqrt(x) for x in losses]
+        mean = sum(losses) / 4
+        spread = math.sqrt(sum((x - mean) ** 2 for x in losses) / 4)
+        losses = [min(max(x, mean - spread), mean + spread) for x in losses]
+    assert list(layer_weights(layers).values()) == pytest.approx([x * 4 / sum(losses) for x in losses])
+    assert set(layer_weights({1: layers[1], 2: layers[2]}).values()) == {1.0}
+    ctx, stats = context(), stats_of(model, ["h2", "share"])
+    moe_slimming(MoeSlimming(ratio=0.5, widths="pad", scope="global", **FINE), stats, model, ctx)
+    assert sum(map(sum, ctx.records["kept_channels"].values())) == 256
+
+
+def test_a_gram_that_is_not_a_number_stops_the_stage(checkpoint, context):
+    model = checkpoint()
+    stats = made_up(model)
+    for s in stats.values():
+        s.extra["ph_cov"] = torch.eye(32).repeat(8, 1, 1)
+    stats[1]["ph_cov"][4, 2, 2] = torch.nan
+    with pytest.raises(StageFailed, match="`ph_cov` of expert 4 holds values that are not numbers") as caught:
+        heapr(Heapr(ratio=0.5, repair="least_squares", **FINE), stats, model, context())
+    assert caught.value.where == "layer 1"
 
 
 def test_magnitude_and_random_need_no_text(checkpoint, context):

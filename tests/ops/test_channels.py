@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecli.ops.channels import keep_channels, refit_down, width_left
+from moecli.ops.channels import budgeted, coverage_scores, keep_channels, refit_down, width_left
 
 
 def scores(*rows: list[float]) -> torch.Tensor:
@@ -107,3 +107,53 @@ def test_nothing_to_refit_changes_nothing() -> None:
     assert torch.equal(refit_down(down, gram, every, 1e-2), down)
     some = torch.tensor([[True, False, True, True]] * 2)
     assert torch.equal(refit_down(down, torch.zeros(2, 4, 4), some, 1e-2), down * some[:, None])
+
+
+def prefix(values: list[float], part: float) -> set[int]:
+    """The smallest set of largest values that holds this part of the sum."""
+    order, total, held = sorted(range(len(values)), key=lambda k: (-values[k], k)), sum(values), 0.0
+    taken: set[int] = set()
+    for k in order:
+        if held >= part * total - 1e-12:
+            break
+        taken.add(k)
+        held += values[k]
+    return taken
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_coverage_is_the_smallest_set_for_every_m(data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=4, max_size=4), min_size=1, max_size=3))
+    weight = data.draw(st.lists(st.integers(1, 5), min_size=len(rows), max_size=len(rows)))
+    score = coverage_scores(scores(*rows), torch.tensor(weight, dtype=torch.float64))
+    for m in (0.05, 0.21, 0.33, 0.57, 0.83, 1.7):
+        for row, c, found in zip(rows, weight, score.tolist(), strict=True):
+            assert {k for k, s in enumerate(found) if s > -m + 1e-12} == prefix(row, min(1.0, c * m))
+
+
+def test_experts_that_give_nothing_come_last() -> None:
+    score = coverage_scores(scores([1, 2, 3], [3, 2, 1], [0, 0, 0]), torch.tensor([0.0, 1.0, 1.0]))
+    assert score[0].tolist()[2] == 0, "the first channel of every expert comes in with m"
+    assert float(score[0, :2].max()) < float(score[1].min()) < 0
+    assert not torch.isnan(score).any()
+
+
+def test_a_layer_gets_what_its_weight_asks_for() -> None:
+    """Counts by the layer's values and weight, channels by their own order."""
+    rng = torch.Generator().manual_seed(0)
+    value = {layer: torch.rand(3, 4, generator=rng).double() + 0.1 for layer in (0, 1)}
+    score = {layer: torch.randn(3, 4, generator=rng).double() for layer in (0, 1)}
+    weight = {0: 1.0, 1: 0.5}
+    kept = keep_channels(budgeted(score, value, weight), 0.5, "global")
+    counts = {layer: int(kept_EF.sum()) for layer, kept_EF in kept.items()}
+    assert sum(counts.values()) == 12
+    assert counts[0] > counts[1]
+    for layer, kept_EF in kept.items():
+        best = score[layer].flatten().argsort(descending=True)[: counts[layer]]
+        assert set(kept_EF.flatten().nonzero().flatten().tolist()) == set(best.tolist())
+
+    def wanted(s: float) -> dict[int, int]:
+        return {i: len(prefix(value[i].flatten().tolist(), min(1.0, weight[i] * s))) for i in (0, 1)}
+
+    assert any(wanted(step / 2000) == counts for step in range(1, 4000)), "one s for both layers gives these counts"

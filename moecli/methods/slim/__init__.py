@@ -230,9 +230,16 @@ class _Repair:
             return down_EDF
         fit_E = _enough(self.stats[layer].count_E, kept_EF)
         per_call = max(1, REFIT_BYTES // (8 * (4 * down_EDF[0].numel() + 4 * down_EDF.shape[2] ** 2)))
-        pieces = zip(*(x.split(per_call) for x in (down_EDF, self.stats[layer][GRAM], kept_EF)), strict=True)
+        pieces = zip(*(x.split(per_call) for x in (down_EDF, self._gram(layer), kept_EF)), strict=True)
         fitted = [self._fitted(*piece).to(down_EDF) for piece in pieces]
         return torch.where(fit_E[:, None, None], torch.cat(fitted), down_EDF)
+
+    def _gram(self, layer: int) -> Tensor:
+        gram_EFF = self.stats[layer][GRAM]
+        if not bool(torch.isfinite(gram_EFF).all()):
+            expert = int((~torch.isfinite(gram_EFF)).flatten(1).any(1).nonzero()[0])
+            raise StageFailed(f"`{GRAM}` of expert {expert} holds values that are not numbers", where=f"layer {layer}")
+        return gram_EFF
 
     def _fitted(self, down_EDF: Tensor, gram_EFF: Tensor, kept_EF: Tensor) -> Tensor:
         on = self.device
