@@ -252,12 +252,14 @@ class Execution:
             raise SurroundingsError(f"{step.label} ran out of memory", hint=hint) from error
 
     def artifact(self, index: int, kind: type[Artifact]) -> Artifact:
-        """What a finished step made, read from its folder."""
+        """What a finished step made, read from its folder: of this kind, or of a more special one."""
         if index == SOURCE:
             return self.source
-        if self.plan.steps[index].writes_weights:
+        step = self.plan.steps[index]
+        if step.writes_weights:
             return self.checkpoint(index)
-        return self.folder(self.plan.steps[index]).load(kind)
+        made = step.stage.output
+        return self.folder(step).load(made if issubclass(made, kind) else kind)
 
     def checkpoint(self, index: int) -> Checkpoint:
         """The source, or the overlay a weight stage wrote over its own input."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moecli.core.artifacts import CalibrationText, ExpertPlan, LayerPlan
+from moecli.core.artifacts import CalibrationStats, CalibrationText, ExpertPlan, LayerPlan
 from moecli.core.errors import StageFailed
 from moecli.families import family_of
 from moecli.families.adapter import load_model
@@ -132,3 +132,9 @@ def test_quantized_models_are_refused(checkpoint):
 
     (problem,) = Kd().problems(replace(checkpoint().facts, quantized="compressed-tensors"))
     assert "its router cannot be trained" in problem.message
+
+
+def test_statistics_without_text_are_refused(checkpoint, context):
+    source = checkpoint()
+    with pytest.raises(StageFailed, match="have no text of their own"):
+        kd(Kd(), merged(source, context), source, CalibrationStats({}), context("kd"))

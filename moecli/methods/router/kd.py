@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from moecli.core.artifacts import CalibrationText, Checkpoint, PartWriter
+from moecli.core.artifacts import CalibrationStats, CalibrationText, Checkpoint, PartWriter
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
@@ -69,6 +69,8 @@ class Kd(Options):
 
 @stage("router/kd", version=1)
 def kd(opt: Kd, model: Checkpoint, source: Checkpoint, text: CalibrationText, ctx: Context) -> Checkpoint:
+    if isinstance(text, CalibrationStats) and text.text is None:
+        raise StageFailed("these statistics have no text of their own", hint="add a `calibrate/text` stage above")
     batches = batches_of(text, opt.batch_size)
     dtype = None if opt.dtype == "auto" else getattr(torch, opt.dtype)
     taught = last_hidden(source, batches, dtype, ctx)
