@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -450,6 +451,19 @@ def test_problems(checkpoint):
     assert told() == [("align", "write `align: 32`")]
     assert told(align=8, scope="global") == [("scope", "write `widths: pad`")]
     assert told(align=8, scope="global", widths="pad") == []
+
+
+@pytest.mark.parametrize("widths", ["uniform", "pad"])
+def test_quantized_experts_are_refused(widths, checkpoint):
+    model = sketch_of(checkpoint())
+    model = dataclasses.replace(model, facts=dataclasses.replace(model.facts, quantized="compressed-tensors"))
+    opt = Heapr(ratio=0.5, widths=widths, **FINE)
+    said = [problem.message for problem in opt.problems(model.facts)]
+    try:
+        opt.forecast(model)
+    except MoecliError as error:
+        said.append(error.message)
+    assert said == ["experts are quantized (compressed-tensors) and cannot be read"]
 
 
 def test_a_width_that_the_shared_experts_cannot_follow(checkpoint):

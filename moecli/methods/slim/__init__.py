@@ -73,6 +73,9 @@ class Slim(Options):
             return
         left = width_left(width, self.ratio, self.align)
         if self.widths == "pad":
+            if model.quantized:  # `uniform` is told by its forecast
+                yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read",
+                              hint="move this stage above the `quantize/...` stage")  # fmt: skip
             return
         if self.scope != "expert":
             yield Problem("scope", f"`scope: {self.scope}` leaves experts of different widths, `uniform` means one",
