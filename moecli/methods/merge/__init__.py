@@ -49,13 +49,9 @@ MergeLayer = Callable[[int, LayerPlan, ExpertWeights], ExpertWeights]
 """(layer, its plan, its experts with a leading E on the device) -> the merged experts with a leading K, of any float"""
 
 
-def merge_experts(
-    model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context, *, keep_singles: bool = True
-) -> Checkpoint:
+def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context) -> Checkpoint:
     """Replace the experts of every planned layer by one for each group, and write the alias map.
 
-    Experts that are alone in their group are copied bit for bit, whatever `merge` makes of them, unless `keep_singles`
-    is False.
     Raises StageFailed when the plan drops experts or does not fit the model.
     """
     family = family_of(model.config)
@@ -67,10 +63,7 @@ def merge_experts(
                 layer_plan = plan[layer]
                 _check(layer_plan, model.facts.experts, layer)
                 experts = on_device(family.read_experts(model, layer), ctx.device)
-                merged = merge(layer, layer_plan, experts)
-                if keep_singles:
-                    merged = _keep_singles(layer_plan, experts, merged)
-                family.write_experts(part, model, layer, unstacked(merged))
+                family.write_experts(part, model, layer, unstacked(merge(layer, layer_plan, experts)))
                 part.put(family.alias_name(layer), layer_plan.group_E.to(torch.int64))
 
             out.part(f"layer-{layer:03d}", write)
@@ -81,7 +74,7 @@ def merge_experts(
 
 
 def averaged(experts: ExpertWeights, share_E: Tensor, plan: LayerPlan) -> ExpertWeights:
-    """sum_i share_i W_i of every group and matrix, float32 with a leading K."""
+    """sum_i share_i W_i of every group and matrix, float32 with a leading K; exactly W where a group has one member."""
     share_KE = share_matrix(share_E, plan.group_E, plan.experts)
     return each(experts, lambda value_E: mixed(value_E, share_KE))
 
@@ -142,20 +135,6 @@ def grouped_members(plan: LayerPlan) -> Tensor:
     """Experts that share a group with others, ascending int64."""
     size_K = torch.bincount(plan.group_E, minlength=plan.experts)
     return (size_K[plan.group_E] > 1).nonzero().flatten()
-
-
-def _keep_singles(plan: LayerPlan, experts: ExpertWeights, merged: ExpertWeights) -> ExpertWeights:
-    """The merged experts in the stored type, groups of one member as they were."""
-    single_K = torch.bincount(plan.group_E, minlength=plan.experts) == 1
-    lead = plan.lead_K[single_K]
-
-    def kept(new_K: Tensor, old_E: Tensor) -> Tensor:
-        new_K = new_K.to(old_E.dtype)
-        new_K[single_K.to(new_K.device)] = old_E[lead.to(old_E.device)]
-        return new_K
-
-    pairs = zip(merged, experts, strict=True)
-    return ExpertWeights(*(None if new is None or old is None else kept(new, old) for new, old in pairs))
 
 
 def _check(plan: LayerPlan, experts: int, layer: int) -> None:
