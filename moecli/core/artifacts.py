@@ -365,14 +365,14 @@ class Evaluation(Artifact):
     """File name -> text, stored untouched beside the report (lm-eval's own results)."""
     items: tuple[Items, ...] = ()
     """Documents, for paired comparison; none where a stage has no documents."""
-    source: tuple[Metric, ...] = ()
-    """The same metrics of the source model, where the stage measures both at once."""
+    source: Evaluation | None = None
+    """The same of the source model, where the stage measures both at once."""
 
     def pack(self) -> Packed:
         return Packed({}, {
             "format": self.FORMAT, "metrics": [asdict(metric) for metric in self.metrics],
             "settings": dict(self.settings), "files": dict(self.files), "items": [asdict(item) for item in self.items],
-            "source": [asdict(metric) for metric in self.source],
+            "source": self.source and self.source.pack().meta,
         })  # fmt: skip
 
     @classmethod
@@ -383,7 +383,8 @@ class Evaluation(Artifact):
                 f"this evaluation has format {meta['format']}, this moecli reads up to {cls.FORMAT}",
                 hint="`pip install --upgrade moecli`",
             )
-        metrics, source = (tuple(Metric(**some) for some in meta.get(name, ())) for name in ("metrics", "source"))
+        metrics = tuple(Metric(**metric) for metric in meta["metrics"])
+        source = cls.unpack(Packed({}, meta["source"])) if meta.get("source") else None
         return cls(metrics, meta["settings"], meta["files"], tuple(map(_items, meta.get("items", ()))), source)
 
 

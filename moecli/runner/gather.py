@@ -135,8 +135,7 @@ def _metrics(execution: Execution) -> tuple[Iterable[MetricRow], list[str]]:
         if outcome.step.stage.on_source_too and _of_source(outcome):
             before[outcome.step.position] = found
         else:
-            both = Evaluation(found.source) if found.source else None
-            old = both or before.get(outcome.step.position) or _same_on_source(execution, outcome)
+            old = found.source or before.get(outcome.step.position) or _same_on_source(execution, outcome)
             pairs, said = pair(old, found) if old else ({}, [])
             warnings += said
             for row in metric_rows(old, found):
@@ -147,11 +146,11 @@ def _metrics(execution: Execution) -> tuple[Iterable[MetricRow], list[str]]:
             rows |= {(row.task, row.metric): row for row in metric_rows(found, None)}
     return rows.values(), warnings
 
+
 def _of_source(outcome: Outcome) -> bool:
     """Whether every model it was given is the source; a stage may take that beside the one it evaluates."""
     step = outcome.step
     return all(i == SOURCE for name, i in step.inputs.items() if issubclass(step.stage.inputs[name].type, Checkpoint))
-
 
 
 def _same_on_source(execution: Execution, outcome: Outcome) -> Evaluation | None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moecli.core.artifacts import ExpertPlan, LayerPlan
+from moecli.core.artifacts import Evaluation, ExpertPlan, LayerPlan
 from moecli.core.errors import StageFailed
 from moecli.families import alias_config, facts_of, family_of
 from moecli.families.adapter import decoder_layers, load_model, load_tokenizer, moe_parts
@@ -220,8 +220,8 @@ def check(pair, texts, ctx, maps, plan=None):
     by_name = {m.metric: m.value for m in found.metrics}
     for name in ("kl", "kl percentile 50", "kl largest", "top1_agreement", "token_perplexity", "bits_per_byte"):
         assert by_name[name] == pytest.approx(oracle.metric(name), rel=1e-4, abs=1e-6), name
-    assert {m.metric for m in found.source} == {"token_perplexity", "bits_per_byte"}
-    assert found.source[0].value == pytest.approx(math.exp(oracle.sums["before"] / oracle.tokens), rel=1e-5)
+    assert {m.metric for m in found.source.metrics} == {"token_perplexity", "bits_per_byte"}
+    assert found.source.metrics[0].value == pytest.approx(math.exp(oracle.sums["before"] / oracle.tokens), rel=1e-5)
     for key, record in ctx.records["fidelity"].items():
         for inputs in ("original", "propagated"):
             wanted = oracle.layers[int(key)][inputs]
@@ -235,6 +235,7 @@ def check(pair, texts, ctx, maps, plan=None):
                     assert record["routing"][inputs][name] == pytest.approx(value, abs=1e-5), (key, name, inputs)
                 value = wanted["home_jaccard"] / wanted["home_tokens"]
                 assert record["routing"][inputs]["jaccard_home"] == pytest.approx(value, abs=1e-9)
+    assert Evaluation.unpack(found.pack()) == found
     return found, ctx.records["fidelity"]
 
 
@@ -280,7 +281,7 @@ def test_a_model_is_faithful_to_itself(checkpoint, texts, context):
     found = fidelity(Fidelity(dataset=str(texts), window=LENGTH), model, model, None, ctx)
     by_name = {m.metric: m.value for m in found.metrics}
     assert (by_name["kl"], by_name["kl largest"], by_name["top1_agreement"]) == (0, 0, 1)
-    assert [m.value for m in found.source] == [by_name["token_perplexity"], by_name["bits_per_byte"]]
+    assert [m.value for m in found.source.metrics] == [by_name["token_perplexity"], by_name["bits_per_byte"]]
     for layer in ctx.records["fidelity"].values():
         assert layer["output_error"] == layer["block_error"] == {"original": 0, "propagated": 0}
         assert layer["routing"]["propagated"] == {
@@ -415,4 +416,5 @@ def test_a_recipe_compares_with_its_own_source(tiny_model, texts, tmp_path):
     rows = {row.metric: row for row in report.metrics}
     assert rows["kl"].before is None and rows["kl"].after > 0
     assert rows["bits_per_byte"].before != rows["bits_per_byte"].after
+    assert rows["bits_per_byte"].paired is not None
     shutil.rmtree(tmp_path / "run")

@@ -205,9 +205,12 @@ def _evaluation(documents: Documents, scores: Sequence[PairScores], settings: Ma
     }
     metrics = [metric_of(TASK, name, column, name == "top1_agreement") for name, column in columns.items()]
     metrics[1:1] = _tail(np.concatenate([s.divergence_T.numpy() for s in scores]), len(documents.texts))
-    source = [metric_of(TASK, name, column) for name, column in _likelihoods(before, documents, tokens).items()]
-    items = Items(TASK, documents.names, documents.names, columns)
-    return Evaluation(tuple(metrics), settings, items=(items,), source=tuple(source))
+    of_source = _likelihoods(before, documents, tokens)
+    items, items_of_source = (Items(TASK, documents.names, documents.names, some) for some in (columns, of_source))
+    source = Evaluation(
+        tuple(metric_of(TASK, name, column) for name, column in of_source.items()), settings, items=(items_of_source,)
+    )
+    return Evaluation(tuple(metrics), settings, items=(items,), source=source)
 
 
 def _likelihoods(sums: Sequence[float], documents: Documents, tokens: tuple[float, ...]) -> dict[str, Column]:
