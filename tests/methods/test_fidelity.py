@@ -417,4 +417,10 @@ def test_a_recipe_compares_with_its_own_source(tiny_model, texts, tmp_path):
     assert rows["kl"].before is None and rows["kl"].after > 0
     assert rows["bits_per_byte"].before != rows["bits_per_byte"].after
     assert rows["bits_per_byte"].paired is not None
+    charts = {chart.title: chart for chart in report.figures_data.charts}
+    assert set(charts) == {"Distance from the source by layer", "Routing drift by layer"}
+    for chart in charts.values():
+        assert [line.name for line in chart.series] == ["on the source's inputs", "on its own inputs"]
+        assert chart.series[0].x == (0, 1)
+        assert chart.series[0].y[0] == pytest.approx(chart.series[1].y[0]), "nothing changed before the first layer"
     shutil.rmtree(tmp_path / "run")

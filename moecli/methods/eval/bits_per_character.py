@@ -29,7 +29,7 @@ from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
 from moecli.engine.scorer import Window
-from moecli.families.adapter import load_tokenizer
+from moecli.families.adapter import load_tokenizer, tokenizer_digest
 from moecli.methods.eval import Scoring, log_probabilities, refuse_nan, window_problem
 from moecli.ops.scoring import strided_windows
 
@@ -69,6 +69,6 @@ def bits_per_character(opt: BitsPerCharacter, model: Checkpoint, ctx: Context) -
     ]
     settings = {
         "dataset": opt.dataset, "window": opt.window, "stride": opt.stride, "documents": len(texts),
-        "dtype": opt.dtype_of(model),
+        "dtype": opt.dtype_of(model), "tokenizer": tokenizer_digest(tokenizer),
     }  # fmt: skip
     return Evaluation(tuple(metrics), settings)

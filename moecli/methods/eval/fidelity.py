@@ -7,8 +7,9 @@ scored once, in rolling windows. Metrics, over tokens, with standard errors over
     top1_agreement   share of tokens where both find the same next token most likely
     token_perplexity, bits_per_byte    of both models; the latter is eval/perplexity's rolling one
 
-For the report, in the record `fidelity` by layer, each value twice: `original`, the layer on the source's own hidden
-states (what its weights alone change), and `propagated`, on the model's (with everything that changed before it):
+For the report, in the record `fidelity` by layer and as two charts, each value twice: `original`, the layer on the
+source's own hidden states (what its weights alone change), and `propagated`, on the model's (with everything that
+changed before it):
 
     output_error     ||y' - y|| / ||y||, y the residual stream after the layer
     block_error      the same for what the MoE block adds to the stream; absent for dense layers
@@ -44,7 +45,7 @@ from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
 from moecli.engine.lockstep import Lockstep, PairScores, Pass
 from moecli.families import ALIAS_KEY, family_of
-from moecli.families.adapter import dense, load_tokenizer
+from moecli.families.adapter import dense, load_tokenizer, tokenizer_digest
 from moecli.methods.eval import Documents, OnText, metric_of, prefix_of, window_problem
 from moecli.ops.drift import Drift, RelativeError, RowMap
 
@@ -72,7 +73,9 @@ def fidelity(opt: Fidelity, model: Checkpoint, source: Checkpoint, plan: ExpertP
         dtype=getattr(torch, dtype), track=ctx.track,
     )  # fmt: skip
     maps = {layer: row_map(source, model, layer, (plan or {}).get(layer)) for layer in source.facts.moe_layers}
-    ctx.record("fidelity", {str(layer): found.result() for layer, found in pair.layers(_maker(maps, ctx.device))})
+    by_layer = {str(layer): found.result() for layer, found in pair.layers(_maker(maps, ctx.device))}
+    ctx.record("fidelity", by_layer)
+    ctx.record("charts", list(_charts(by_layer)))
     if lost := [str(layer) for layer, rows in maps.items() if rows is None]:
         ctx.note(
             f"routing drift is not defined in layers {' '.join(lost)}: "
@@ -80,7 +83,10 @@ def fidelity(opt: Fidelity, model: Checkpoint, source: Checkpoint, plan: ExpertP
         )
     for line in pair.report():
         ctx.note(line)
-    settings = {"dataset": opt.dataset, "window": length, "documents": len(documents.texts), "dtype": dtype}
+    settings = {
+        "dataset": opt.dataset, "window": length, "documents": len(documents.texts), "dtype": dtype,
+        "tokenizer": tokenizer_digest(load_tokenizer(source)),
+    }  # fmt: skip
     return _evaluation(documents, pair.scores(), settings)
 
 
@@ -184,6 +190,26 @@ class _Layer:
         errors = {name: {inputs: e.result() for inputs, e in some.items()} for name, some in self._errors.items()}
         routing = {inputs: drift.result() for inputs, drift in self._drift.items()}
         return errors | ({"routing": routing} if routing else {})
+
+
+def _charts(by_layer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The record as figures of the report."""
+    inputs = {"original": "on the source's inputs", "propagated": "on its own inputs"}
+    for title, y_label, caption, value in (
+        ("Distance from the source by layer", "relative error",
+         "||y' - y|| / ||y|| of the hidden states after each layer; lower is better.",
+         lambda found, which: found["output_error"][which]),
+        ("Routing drift by layer", "Jaccard of the chosen experts",
+         "Overlap of the experts that source and result choose, in the source's experts; 1 is no drift.",
+         lambda found, which: found["routing"][which]["jaccard"] if "routing" in found else None),
+    ):  # fmt: skip
+        series = []
+        for which, name in inputs.items():
+            points = {float(layer): value(found, which) for layer, found in by_layer.items()}
+            shown = {x: y for x, y in points.items() if y is not None}
+            series += [{"name": name, "x": list(shown), "y": list(shown.values())}] if shown else []
+        if series:
+            yield {"title": title, "caption": caption, "x_label": "layer", "y_label": y_label, "series": series}
 
 
 def _maker(maps: Mapping[int, RowMap | None], device: torch.device) -> Any:

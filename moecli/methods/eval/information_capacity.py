@@ -36,7 +36,7 @@ from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
 from moecli.engine.scorer import Window
-from moecli.families.adapter import dense, load_tokenizer
+from moecli.families.adapter import dense, load_tokenizer, tokenizer_digest
 from moecli.families.work import decode_bytes, decode_flops
 from moecli.methods.eval import Scoring, log_probabilities, refuse_nan
 
@@ -76,7 +76,7 @@ def information_capacity(opt: InformationCapacity, model: Checkpoint, ctx: Conte
     refuse_nan(bits, [text for text, _ in samples])
     settings = {
         "dataset": opt.dataset, "tokens": opt.tokens, "corpus": opt.corpus, "documents": len(samples),
-        "dtype": opt.dtype_of(model),
+        "dtype": opt.dtype_of(model), "tokenizer": tokenizer_digest(tokenizer),
     }  # fmt: skip
     metrics = _metrics(text_size, bits, [len(window.targets) for window in windows], opt, model)
     return Evaluation(tuple(metrics), settings)

@@ -22,7 +22,7 @@ from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
 from moecli.engine.scorer import Window
-from moecli.families.adapter import load_tokenizer
+from moecli.families.adapter import load_tokenizer, tokenizer_digest
 from moecli.methods.eval import Documents, Scoring, log_probabilities, metric_of, refuse_nan, window_problem
 from moecli.ops.scoring import block_windows
 
@@ -59,7 +59,10 @@ def perplexity(opt: Perplexity, model: Checkpoint, ctx: Context) -> Evaluation:
     windowed = Column("perplexity", tuple(block_sums), (length - 1.0,) * len(blocks))
     metrics = [metric_of(TASK, name, column) for name, column in columns.items()]
     metrics.append(metric_of(TASK, f"perplexity (windowed {length})", windowed))
-    settings = {"dataset": opt.dataset, "window": length, "documents": len(texts), "dtype": opt.dtype_of(model)}
+    settings = {
+        "dataset": opt.dataset, "window": length, "documents": len(texts), "dtype": opt.dtype_of(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+    }  # fmt: skip
     return Evaluation(tuple(metrics), settings, items=(Items(TASK, rolling.names, rolling.names, columns),))
 
 
