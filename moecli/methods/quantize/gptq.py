@@ -79,7 +79,8 @@ def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, ctx: Context) -> C
     specs = {name: model.spec(name) for name in model.names()}
     chosen = targets(opt, model.config, specs)
     classes: dict[str, dict[str, int]] = {}
-    swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track)
+    held = [*_grams(opt, "in"), *_grams(opt, "out")]
+    swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=held)
     with ctx.writer(model, config=packed_config(opt, model, specs)) as out:
         for layer in swept:
             name = f"layer-{layer.index:03d}"
@@ -187,25 +188,18 @@ class _Layer:
     def _observed(self, others: Sequence[Linear], projections: Sequence[str]) -> tuple[InputGrams, LayerStats | None]:
         """One pass over the layer for the matrices of a phase."""
         grams = InputGrams(self._layer, {x.name: self._layer.linear(x.name) for x in others})
-        own = {"in": () if self._opt.hessian == "all" else (self._gram("in"),), "out": (self._gram("out"),)}
-        wanted = [name for projection in projections for name in own[projection]]
+        wanted = [name for projection in projections for name in _grams(self._opt, projection)]
         with grams.watching():
             if not projections:
                 self._layer.watch(lambda: grams.start(None, None))
                 return grams, None
-            pool = ["x_cov_pool"] if "in" in projections else []
-            return grams, self._layer.observe([grams, *collectors([*pool, *wanted])], on_device=True)
-
-    def _gram(self, projection: str) -> str:
-        """The statistic that holds the Gram matrices of these inputs."""
-        weighted = "g" if self._opt.hessian == "affinity" else ""
-        return {"in": f"{weighted}x_cov", "out": f"{weighted}h_cov"}[projection]
+            return grams, self._layer.observe([grams, *collectors(wanted)], on_device=True)
 
     def _hessians(self, projection: str, stats: LayerStats) -> Hessians:
         """H of every expert for its inputs (`in`: gate and up) or what is inside (`out`: down), by the ladder."""
         if projection == "in" and self._opt.hessian == "all":
             return Hessians(stats["x_cov_pool"] / stats.tokens, ["own"])
-        total_ECC = stats[self._gram(projection)]
+        total_ECC = stats[_grams(self._opt, projection)[-1]]
         device = total_ECC.device
         count_E = stats.count_E.to(device)
         weight_E = stats.gate_sum_E.to(device).float() if self._opt.hessian == "affinity" else count_E.float()
@@ -277,6 +271,13 @@ class _Layer:
                 columns = shape[-2] if transposed else shape[-1]
                 dense = dequantize(unpack_rows(tensors[packed], bits, columns), tensors[scale])
                 self.dense[name] = dense.mT if transposed else dense
+
+
+def _grams(opt: Gptq, projection: str) -> list[str]:
+    """Statistics that hold the Gram matrices of these inputs, each expert's last."""
+    weighted = "g" if opt.hessian == "affinity" else ""
+    own = [f"{weighted}x_cov"] if opt.hessian != "all" else []
+    return ["x_cov_pool", *own] if projection == "in" else [f"{weighted}h_cov"]
 
 
 def _ladder(total_ECC: Tensor, weight_E: Tensor, count_E: Tensor, pool_CC: Tensor) -> Hessians:
