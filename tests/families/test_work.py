@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moecli.core.artifacts import sketch_of
 from moecli.families import facts_of
 from moecli.families.adapter import load_model
+from moecli.families.count import count_of
 from moecli.families.work import decode_bytes, decode_flops
 from moecli.io.reader import FolderCheckpoint
 from tests import tiny
@@ -78,3 +79,16 @@ def test_bytes_read_are_the_chosen_experts_and_one_embedding_row(tiny_model, tie
     assert found.stored == sum(sizes.values())
     once = embedding - tiny.HIDDEN * 4 if not tied else 0
     assert found.read == pytest.approx(found.stored - experts * 6 / 8 - once)
+
+
+@pytest.mark.parametrize("model_type", [*COUNTED, *LATENT])
+def test_the_estimate_of_speed_multiplies_the_same_matrices(tiny_model, model_type):
+    """`families.count` describes the same model for the roofline: matrices and widths of attention agree."""
+    checkpoint = opened(tiny_model(model_type))
+    count = count_of(sketch_of(checkpoint))
+    products = count.head.inputs * count.head.outputs
+    for layer in count.layers:
+        products += sum(matrix.inputs * matrix.outputs for matrix in layer.linears)
+        products += count.top_k * sum(matrix.inputs * matrix.outputs for matrix in layer.expert)
+        products += layer.score_width + layer.value_width
+    assert flops(checkpoint, tokens=1) == pytest.approx(2 * products)
