@@ -21,7 +21,7 @@ def test_the_kernel_gives_what_its_twin_gives(rows):
     gptq_cases.compare(fast, "cuda", experts=8, rows=rows, width=128)
 
 
-def test_the_stage_gives_on_the_device_what_it_gives_on_the_cpu(checkpoint, tmp_path):  # noqa: F811
+def test_the_stage_gives_on_the_device_what_it_gives_on_the_cpu(checkpoint, tmp_path):
     model = checkpoint()
     ids = torch.randint(5, model.facts.vocab, (16, 48), generator=torch.Generator().manual_seed(0))
     text, found = CalibrationText(ids, torch.ones_like(ids), "digest"), {}
