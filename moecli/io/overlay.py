@@ -13,6 +13,7 @@ other parts, so the order of parts does not matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -37,7 +38,8 @@ class OverlayWriter(CheckpointWriter):
     A part that the folder already holds is skipped and its callable not called, so the same program run
     again after a crash goes on where it stopped. Leaving the `with` block cleanly checks all parts together
     and writes `overlay.json`, which names the parts that count. An exception leaves finished parts in
-    place. Breaking the contract (a name written twice, a rename of what the parent does not have) is
+    place. A part is saved while the next one is computed; what went wrong with it is raised by the next call, or at the
+    end of the block. Breaking the contract (a name written twice, a rename of what the parent does not have) is
     ValueError: a bug in the method, not the user's doing.
     """
 
@@ -48,6 +50,8 @@ class OverlayWriter(CheckpointWriter):
         self._parent = stored(parent)
         self._config = config
         self._parts: list[str] = []
+        self._saver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="overlay")
+        self._saving: Future[None] | None = None
 
     def __enter__(self) -> Self:
         with disk_errors(self.folder):
@@ -57,6 +61,8 @@ class OverlayWriter(CheckpointWriter):
 
     def has_part(self, name: str) -> bool:
         """Whether an earlier run finished this part: what only prepares for it can be left out."""
+        if self._parts[-1:] == [name]:
+            self._settle()
         record, tensors = self.folder / f"{name}.json", self.folder / f"{name}.safetensors"
         if not record.is_file():
             return False
@@ -75,12 +81,21 @@ class OverlayWriter(CheckpointWriter):
         if not self.has_part(name):
             part = _Part(self._parent)
             write(part)
-            part.save(self.folder, name)
+            self._settle()
+            self._saving = self._saver.submit(part.save, self.folder, name)
         self._parts.append(name)
 
+    def _settle(self) -> None:
+        """Wait for the part that is being saved, and raise what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
     def __exit__(self, *exc: object) -> None:
+        self._saver.shutdown(wait=True)
         if exc[0] is not None:
             return
+        self._settle()
         _check({name: _Record.read(self.folder, name) for name in self._parts}, self._parent)
         config = None if self._config is None else dict(self._config)
         write_text(self.folder / OVERLAY, json_text({"overlay": 1, "config": config, "parts": self._parts}))
@@ -100,7 +115,7 @@ class _Part(PartWriter):
     def put(self, name: str, tensor: Tensor) -> None:
         """The tensor moves to the CPU; it is copied if it is a view of something bigger or shares its
         memory with another one. A tensor given in its own memory is kept as it is: do not change it before
-        the part ends."""
+        the writer's block ends."""
         self._claim(name)
         spec_of(tensor)
         own = tensor.detach().to("cpu").contiguous()

@@ -158,7 +158,7 @@ def test_methods(answer: Answer) -> None:
 def test_one_method(answer: Answer) -> None:
     document = answer("methods", "quantize/rtn", as_json=True)
     options = {option["name"]: option for option in document["options"]}
-    assert (options["bits"]["type"], options["bits"]["default"], options["bits"]["required"]) == ("4 or 8", 4, False)
+    assert (options["bits"]["type"], options["bits"]["default"], options["bits"]["required"]) == ("2 or 3 or 4 or 8", 4, False)
     assert options["group_size"]["type"] == "whole number above 0"
     assert answer("methods", "rtn", as_json=True) == document, "the kind may be left out"
     text = answer("methods", "prune/reap")
@@ -380,5 +380,6 @@ def test_the_resolved_recipe_can_be_run_again(answer: Answer, folder: Path, tmp_
     plan = show.planned(str(folder / "half.yaml"), ())
     path = tmp_path / "again.yaml"
     path.write_text(resolved_yaml(plan.recipe))
-    assert yaml.safe_load(path.read_text())["stages"][2]["with"] == {"bits": 4, "group_size": 128}
+    options = yaml.safe_load(path.read_text())["stages"][2]["with"]
+    assert (options["bits"], options["group_size"], options["attention_bits"]) == (4, 128, None)
     assert [s.key for s in show.planned(str(path), ()).steps] == [s.key for s in plan.steps]

@@ -34,4 +34,5 @@ def test_the_stage_gives_on_the_device_what_it_gives_on_the_cpu(checkpoint, tmp_
     for expert in range(model.facts.experts):
         pairs = zip(*(family.read_expert(found[d], layer, expert)[:3] for d in ("cpu", "cuda")), strict=True)
         for one, other in pairs:
-            assert (one != other).any(-1).float().mean() < 0.2, "ties move what follows in their row, no more"
+            moved = (one - other).abs() > 1e-5  # scales differ by the last bit
+            assert moved.any(-1).float().mean() < 0.2, "ties move what follows in their row, no more"

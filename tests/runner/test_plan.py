@@ -174,22 +174,24 @@ def test_an_optional_input(planned: Planned, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "message", "hint"),
+    ("stages", "said"),
     [
         ((CALIBRATE, "prune/reap: {keep: 6}", "prune/reap: {keep: 4}"),
-         "`stats` comes from a model with 8 experts, the model here has 6",
-         "add a `calibrate/statistics` stage above line 9"),
+         [("`stats` comes from a model with 8 experts, the model here has 6",
+           "add a `calibrate/statistics` stage above line 9")]),
         ((CALIBRATE, CLUSTER, MERGE, ROW_DROP, "prune/frequency: {keep: 2}"),
-         "`stats` comes from a model with 8 experts, the model here has 4",
-         "add a `calibrate/statistics` stage above line 11"),
+         [("`stats` comes from a model with 8 experts, the model here has 4",
+           "add a `calibrate/statistics` stage above line 11")]),
         ((CALIBRATE, CLUSTER, "prune/reap: {keep: 4}", MERGE),
-         "`plan` comes from a model with 8 experts, the model here has 4", "add a `cluster/...` stage above line 11"),
+         [("`plan` comes from a model with 8 experts, the model here has 4", "add a `cluster/...` stage above line 11"),
+          ("`stats` comes from a model with 8 experts, the model here has 4",
+           "add a `calibrate/statistics` stage above line 11")]),
     ],
 )  # fmt: skip
 def test_results_of_another_size_are_refused(
-    stages: tuple[str, ...], message: str, hint: str, planned: Planned
+    stages: tuple[str, ...], said: list[tuple[str, str]], planned: Planned
 ) -> None:
-    assert refusals(planned, *stages) == [(message, hint)]
+    assert refusals(planned, *stages) == said
     planned(*stages[:-1])
 
 
