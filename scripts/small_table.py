@@ -3,37 +3,58 @@
 python scripts/small_table.py MODEL_FOLDER [--out runs/small-table] [--keep 24 16] [--only m-smoe ream]
 
 MODEL_FOLDER holds a model and `tasks/` with `calibration.jsonl` and the lm-eval tasks small_continuation and
-small_perplexity. Each row is a recipe run by `moecli run`, all in one run folder, so that the baseline is evaluated
-once; seconds are those of the row's own stages, whenever they ran. Recipes and reports stay in --out.
+small_perplexity. Each row is a recipe, all in one run folder, so that the source is evaluated once; nothing is
+exported. ± is the standard error over questions, for rows of several seeds that over seeds. Recipes stay in --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import subprocess
-import sys
+import statistics
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import yaml
+
+from moecli.core.artifacts import Evaluation, Metric
+from moecli.io.store import RunFolder
+from moecli.runner.execute import Execution
+from moecli.runner.open import open_recipe
 
 KD = {"learning_rate": 1e-3, "epochs": 4, "dtype": "float32"}
 """The calibration text is 33 k tokens, 2 % of the paper's: more passes at a higher rate."""
 
 
-def recipe(model: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
+CALIBRATE: dict[str, Any] = {"run": "calibrate/statistics"}
+"""Stands for the same calibration again, of the model as it is there."""
+PRUNING = {
+    "random": ("random", {"protect": "none"}), "frequency": ("frequency", {}), "gating-score": ("gating-score", {}),
+    "soft-count": ("soft-count", {}), "ean": ("ean", {"form": "sum"}), "man": ("ean", {"form": "mean"}),
+    "msan": ("ean", {"form": "mean_square"}), "easy-ep": ("easy-ep", {}), "naee": ("naee", {}), "reap": ("reap", {}),
+}  # fmt: skip
+SEEDS = {"random": range(5)}
+"""Rows that are run with more seeds than 0; means and standard errors over them."""
+
+
+def recipe(model: Path, stages: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     tasks = model / "tasks"
-    calibrate = {"dataset": str(tasks / "calibration.jsonl"), "samples": 64, "tokens_per_sample": 512}
-    evaluate = {"include": str(tasks), "tasks": ["small_continuation", "small_perplexity"], "dtype": "float32"}
+    calibrate = {
+        "dataset": str(tasks / "calibration.jsonl"),
+        "samples": 64,
+        "tokens_per_sample": 512,
+        "dtype": "float32",
+    }
+    wanted = ["small_continuation", "small_perplexity"]
+    evaluate = {"include": str(tasks), "tasks": wanted, "dtype": "float32", "backend": "streamed"}
     return {
         "recipe": 1,
         "model": str(model),
-        "seed": 0,
+        "seed": seed,
         "stages": [
             {"run": "calibrate/statistics", "with": calibrate},
-            *stages,
+            *({"run": "calibrate/statistics", "with": calibrate} if stage is CALIBRATE else stage for stage in stages),
             {"run": "eval/lm-eval", "with": evaluate},
         ],
     }
@@ -42,15 +63,32 @@ def recipe(model: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
 def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
     """Name -> the stages between calibration and evaluation."""
     int4 = {"run": "quantize/rtn", "with": {"bits": 4, "group_size": 128}}
+    gptq4 = {"run": "quantize/gptq", "with": {"bits": 4, "group_size": 128}}
     rows: dict[str, list[dict[str, Any]]] = {"int4": [int4]}
+    for bits in (4, 3, 2):
+        for method in ("rtn", "gptq"):
+            rows[f"{method}-{bits}"] = [{"run": f"quantize/{method}", "with": {"bits": bits, "group_size": 128}}]
     for keep in keeps:
         reap = [{"run": "prune/reap", "with": {"keep": keep}}]
         hc_smoe = [{"run": "cluster/hc-smoe", "with": {"keep": keep}}, {"run": "merge/weighted"}]
         m_smoe = {"run": "cluster/m-smoe", "with": {"keep": keep}}
         sub_moe = {"run": "cluster/sub-moe", "with": {"keep": keep, "alloc": "uniform"}}
         fitted = [m_smoe, {"run": "merge/merge-moe"}]
+        more = min(keep + 4, 32)
         rows |= {
-            f"reap-{keep}": reap,
+            f"{name}-{keep}": [{"run": f"prune/{method}", "with": {"keep": keep, **options}}]
+            for name, (method, options) in PRUNING.items()
+        }
+        rows |= {
+            f"reap-{keep}-gptq-4": [*reap, gptq4],
+            f"m-smoe-{keep}-merge-moe-refit-gptq-4": [*fitted, {"run": "router/refit"}, gptq4],
+            f"reap-{more}-then-merge-{keep}": [
+                {"run": "prune/reap", "with": {"keep": more}}, CALIBRATE, *fitted, {"run": "router/refit"},
+            ],
+            f"merge-{more}-then-reap-{keep}": [
+                {"run": "cluster/m-smoe", "with": {"keep": more}}, {"run": "merge/merge-moe"}, {"run": "router/refit"},
+                CALIBRATE, *reap,
+            ],
             f"hc-smoe-{keep}-alias": hc_smoe,
             f"hc-smoe-{keep}-row-drop": [*hc_smoe, {"run": "router/row-drop"}],
             f"reap-{keep}-int4": [*reap, int4],
@@ -77,25 +115,52 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def run(name: str, stages: list[dict[str, Any]], model: Path, out: Path) -> dict[str, Any]:
-    path = out / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe(model, stages), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "moecli", "run", str(path), "--run-dir", str(out / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    shutil.copytree(out / "run" / "report", out / f"{name}-report", dirs_exist_ok=True)
-    return json.loads((out / "run" / "report" / "report.json").read_text(encoding="utf-8"))
+def run(name: str, stages: list[dict[str, Any]], model: Path, out: Path, seed: int) -> Row:
+    """One recipe, stage by stage, without exporting a model."""
+    path = out / f"{name}-seed-{seed}.yaml"
+    path.write_text(yaml.safe_dump(recipe(model, stages, seed), sort_keys=False), encoding="utf-8")
+    opened = open_recipe(path)
+    folder = RunFolder(out / "run")
+    wanted = [index for index, step in enumerate(opened.plan.steps) if not (step.baseline and seed)]
+    execution = Execution(opened, folder, torch.device("cpu"))
+    start = time.monotonic()
+    with folder.lock():
+        for index in wanted:
+            execution.step(index)
+    found: dict[bool, Side | None] = {True: None}
+    for index in wanted:
+        step = opened.plan.steps[index]
+        if step.stage.kind == "eval":
+            sketch = opened.plan.source if step.baseline else opened.plan.sketch_of(opened.plan.final)
+            size = sum(spec.bytes for spec in sketch.specs.values()) / 2**20
+            found[step.baseline] = Side(size, execution.artifact(index, Evaluation))
+    return Row(found[True], found[False], time.monotonic() - start)
 
 
-def seconds(report: dict[str, Any], baseline: bool) -> float:
-    return sum(stage["seconds"] for stage in report["stages"] if stage["id"].endswith("(source)") == baseline)
+class Side(NamedTuple):
+    size: float
+    evaluation: Evaluation
+
+    def metric(self, name: str) -> Metric:
+        return next(m for m in self.evaluation.metrics if m.metric == name)
 
 
-def cell(report: dict[str, Any], metric: str, side: str) -> str:
-    row = next(m for m in report["metrics"] if m["metric"] == metric)
-    error = row[f"{side}_stderr"]
-    return f"{row[side]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+class Row(NamedTuple):
+    base: Side | None
+    """None for seeds other than 0: the source is evaluated once."""
+    result: Side
+    seconds: float
+
+
+def line(label: str, sides: list[Side], seconds: float) -> str:
+    cells = []
+    for name in ("bits_per_byte", "acc"):
+        values = [side.metric(name).value for side in sides]
+        error = sides[0].metric(name).stderr
+        if len(values) > 1:
+            error = statistics.stdev(values) / len(values) ** 0.5
+        cells.append(f"{statistics.fmean(values):.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return f"| {label} | {sides[0].size:.1f} | {' | '.join(cells)} | {seconds:.0f} |"
 
 
 def main() -> None:
@@ -107,18 +172,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print("| recipe | MiB | bits per byte | accuracy | seconds |\n|---|---|---|---|---|")
-    first = True
-    chosen = variants(args.keep).items()
-    for name, stages in ((n, s) for n, s in chosen if not args.only or any(part in n for part in args.only)):
-        report = run(name, stages, args.model.resolve(), args.out)
-        sides = ["before", "after"] if first else ["after"]
-        first = False
-        for side in sides:
-            label = "base" if side == "before" else name
-            size = report["size"][side]["bytes"] / 2**20
-            took = f"{seconds(report, side == 'before'):.0f}"
-            numbers = " | ".join(cell(report, metric, side) for metric in ("bits_per_byte", "acc"))
-            print(f"| {label} | {size:.1f} | {numbers} | {took} |", flush=True)
+    shown = False
+    for name, stages in variants(args.keep).items():
+        if args.only and not any(part in name for part in args.only):
+            continue
+        seeds = SEEDS.get(name.rpartition("-")[0], range(1))
+        rows = [run(name, stages, args.model.resolve(), args.out, seed) for seed in seeds]
+        if not shown:
+            print(line("base", [rows[0].base], 0))
+            shown = True
+        print(line(name, [row.result for row in rows], sum(row.seconds for row in rows)), flush=True)
 
 
 if __name__ == "__main__":
