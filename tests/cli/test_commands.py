@@ -158,7 +158,11 @@ def test_methods(answer: Answer) -> None:
 def test_one_method(answer: Answer) -> None:
     document = answer("methods", "quantize/rtn", as_json=True)
     options = {option["name"]: option for option in document["options"]}
-    assert (options["bits"]["type"], options["bits"]["default"], options["bits"]["required"]) == ("2 or 3 or 4 or 8", 4, False)
+    assert (options["bits"]["type"], options["bits"]["default"], options["bits"]["required"]) == (
+        "2 or 3 or 4 or 8",
+        4,
+        False,
+    )
     assert options["group_size"]["type"] == "whole number above 0"
     assert answer("methods", "rtn", as_json=True) == document, "the kind may be left out"
     text = answer("methods", "prune/reap")

@@ -19,9 +19,10 @@ number of tokens too. They run with the others: what comes behind them sees them
 `min_tokens_per_expert` says what becomes of an expert with fewer than n tokens: `warn` notes it, `fail` stops. With
 `top_up` up to `draws` further draws of text are run, by the same rule, going on where the last one stopped. Of each
 draw only the entries of experts that are still below n are taken, in statistics over the tokens routed to an expert
-(`count`, `ean_*`, `h2`, `x_cov` and the like: added; `absmax` and other maxima: the larger). All other experts' entries,
-statistics over all tokens (`prob_sum`, `y_mean`, samples, traces) and the number of tokens stay as the first
-draw left them, bit for bit. So sums and counts of a topped-up expert do not compare with its neighbours', means over `count` do.
+(`count`, `ean_*`, `h2`, `x_cov` and the like: added; `absmax` and other maxima: the larger). All other experts'
+entries, statistics over all tokens (`prob_sum`, `y_mean`, samples, traces) and the number of tokens stay as the first
+draw left them, bit for bit. So sums and counts of a topped-up expert do not compare with its neighbours', means over
+`count` do.
 
 - run: calibrate/statistics
   with: {dataset: calibration.jsonl, samples: 128, tokens_per_sample: 2048}

@@ -1,8 +1,8 @@
 """Statistics that were collected before: those of another run, or of several put together by `moecli stats merge`.
 
 They must be of the model that stands at this place of the recipe, tokenizer included, and hold what the stages below
-need. What they were made of is in them and reaches the report. Statistics of one run bring their text along; merged ones
-have none, so a stage below that runs text itself needs a `calibrate/text` then.
+need. What they were made of is in them and reaches the report. Statistics of one run bring their text along; merged
+ones have none, so a stage below that runs text itself needs a `calibrate/text` then.
 
 - run: calibrate/stored
   with: {file: merged.safetensors}
