@@ -353,6 +353,7 @@ def sweep(
 
     folder = _run_dir(file, run_dir)
     with _work():
+        from moecli.runner import points as running
         from moecli.runner import sweep as sweeping
 
         loaded = sweeping.load(file)
@@ -363,9 +364,9 @@ def sweep(
     with _work():
         from moecli.cli.show import model_sketch
 
-        points = sweeping.chosen_points(sweeping.plan_points(loaded, model_sketch), point or ())
+        points = running.chosen_points(running.plan_points(loaded, model_sketch), point or ())
         if dry_run:
-            document = sweeps.survey_document(sweeping.survey(points, folder), folder)
+            document = sweeps.survey_document(running.survey(points, folder), folder)
         elif slurm is not None:
             document = sweeps.write_slurm(loaded, folder, slurm, device)
         else:
@@ -380,7 +381,7 @@ def sweep(
 def _sweep(loaded: Any, points: Any, folder: Path, device: str | None, quiet: bool) -> dict[str, Any]:
     from moecli.cli import sweeps
     from moecli.cli.render import progress
-    from moecli.runner.sweep import exit_code, run_points
+    from moecli.runner.points import exit_code, run_points
 
     where, why = _device(device)
     with contextlib.nullcontext() if quiet else progress(sys.stderr) as listener:
@@ -429,7 +430,7 @@ def report(
 ) -> None:
     """Write the pages of a run again, or put several runs on one page with their frontier."""
     with _work():
-        from moecli.runner.sweep import is_sweep
+        from moecli.runner.points import is_sweep
 
         if len(runs) == 1 and not is_sweep(Path(runs[0])):
             if out is not None:

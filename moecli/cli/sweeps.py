@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from moecli.cli.render import duration_text, table_text
 
 if TYPE_CHECKING:
-    from moecli.runner.sweep import PointResult, PointStatus, Sweep
+    from moecli.runner.points import PointResult, PointStatus
+    from moecli.runner.sweep import Sweep
 
 Document = dict[str, Any]
 
@@ -86,7 +87,7 @@ def write_slurm(sweep: Sweep, folder: Path, file: str, device: str | None) -> Do
     """The array job in `file`; the folder is made, for the logs of its tasks."""
     from moecli.io.durable import write_text
     from moecli.io.store import RunFolder
-    from moecli.runner.sweep import slurm_script, write_index
+    from moecli.runner.points import slurm_script, write_index
 
     RunFolder(folder)
     write_index(sweep, folder)
@@ -134,7 +135,7 @@ def text_of(document: Document) -> str:
 
 def pages_of(folder: Path) -> str | None:
     """The pages of all points that have a report; None when none has."""
+    from moecli.runner.points import reported
     from moecli.runner.several import load, write_pages
-    from moecli.runner.sweep import reported
 
     return str(write_pages(load([folder]), folder / "report")) if reported(folder) else None

@@ -21,9 +21,9 @@ from moecli.core.errors import SurroundingsError, UsageError
 from moecli.core.stage import RunSetting
 from moecli.io.durable import write_text
 from moecli.runner import lookup
+from moecli.runner.points import failure_of, is_sweep, read_index
 from moecli.runner.report import MetricRow, Report, SizeSide
 from moecli.runner.report import load as load_report
-from moecli.runner.sweep import failure_of, is_sweep, read_index
 
 Key = tuple[str, str]
 """(task, metric)"""

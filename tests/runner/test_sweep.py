@@ -23,7 +23,7 @@ from moecli.runner import sweep as sweeping
 from moecli.runner import verify
 from moecli.runner.open import load_recipe
 from moecli.runner.plan import make_plan
-from moecli.runner.sweep import plan_points, read_index, slurm_script
+from moecli.runner.points import plan_points, read_index, slurm_script
 from tests.runner.small_runs import EVALUATED, digests, events, forked, furnish
 
 Patch = pytest.MonkeyPatch
