@@ -11,7 +11,7 @@ import torch
 
 from moecli.core.artifacts import LayerStats
 from moecli.core.errors import StageFailed, UsageError
-from moecli.engine import sweep as sweep_module
+from moecli.engine import probe
 from moecli.engine.collectors import FORWARD, collectors
 from moecli.engine.data import Batch
 from moecli.engine.sweep import sweep
@@ -124,7 +124,7 @@ def test_statistics_do_not_depend_on_batches_padding_or_chunks(
     padded = [Batch(wide, (torch.arange(17) < 12).long().expand(4, 17))]
     for other in (split, padded):
         torch.testing.assert_close(every_statistic(source, other), expected, rtol=1e-4, atol=2e-5)
-    monkeypatch.setattr(sweep_module, "CHUNK_BYTES", 5 * 64 * 4)
+    monkeypatch.setattr(probe, "CHUNK_BYTES", 5 * 64 * 4)
     torch.testing.assert_close(every_statistic(source, one), expected, rtol=1e-4, atol=2e-5)
 
 
