@@ -137,7 +137,7 @@ def _reading(need: str) -> str:
 
 
 def update(wanted: Sequence[Collector], seen: Grouped) -> None:
-    """Show these tokens to the collectors, in chunks as large as what is made of them allows: k rows per token, or all E.
+    """Show these tokens to the collectors, in chunks as large as what is made of them allows: k rows a token, or all E.
     What the layer's own pass left, and sums over tokens that it can take, need no chunks.
     """
     slots, experts, (hidden, width) = seen.index_Tk.shape[1], seen.shape.experts, (seen.shape.hidden, seen.shape.width)
