@@ -1,0 +1,54 @@
+"""Published costs of bits: by hand, and the published factors against the published maps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moecli.ops.budget import dynamic, integer_program
+from moecli.ops.precision import pmq_cost, pmq_problem
+
+GOLDEN = next(
+    (
+        file
+        for folder in Path(__file__).resolve().parents
+        if (file := folder / "shared/golden/mc-moe-pmq.json").is_file()
+    ),
+    None,
+)
+
+
+def test_the_cost_by_hand():
+    cost = pmq_cost([1, 3], [4.0, 12.0], [{2: 5.0, 3: 2.0}, {2: 7.0, 3: 1.0}], (1, 1.5, 2))
+    assert cost[0] == pytest.approx({2: 1000 * 0.25 * 0.125 * 25, 3: 1000 * 0.25 * 0.125 * 4})
+    assert cost[1] == pytest.approx({2: 1000 * 0.75 * 0.75**1.5 * 49, 3: 1000 * 0.75 * 0.75**1.5})
+    assert pmq_cost([0, 0], [0.0, 0.0], [{2: 1.0}, {2: 1.0}]) == [{2: 0.0}, {2: 0.0}]
+
+
+def test_a_layer_has_both_upper_widths():
+    cost = [{1: 1.0, 2: 0.9, 3: 0.8}, {1: 9.0, 2: 1.0, 3: 0.1}, {1: 5.0, 2: 4.0, 3: 0.5}]
+    assert dynamic(pmq_problem(cost, 6)).choice == {"0": 1, "1": 2, "2": 3}
+    assert dynamic(pmq_problem(cost, 9)).choice == {"0": 2, "1": 3, "2": 3}
+
+
+def agreeing(exponents, solve, every=1):
+    """Layer maps of Mixtral-8x7B at nine budgets that come out as published, and how many there are."""
+    golden = json.loads(GOLDEN.read_text())
+    same = total = 0
+    for layer in list(golden["frequency"])[::every]:
+        eps = [
+            {int(bits): value for bits, value in golden["loss"][layer][str(e)].items()}
+            for e in range(len(golden["frequency"][layer]))
+        ]
+        cost = pmq_cost(golden["frequency"][layer], golden["weight"][layer], eps, exponents)
+        for budget, maps in golden["bits"].items():
+            same += solve(pmq_problem(cost, int(budget))).choice == maps[layer]
+            total += 1
+    return same, total
+
+
+@pytest.mark.skipif(GOLDEN is None, reason="the published factors are not beside the repository")
+def test_the_published_factors_give_the_published_maps():
+    assert agreeing((1, 1.5, 1), dynamic) == (288, 288)
+    assert agreeing((1, 1.5, 2), dynamic) == (206, 288)
+    assert agreeing((1, 1.5, 1), integer_program, every=8) == (36, 36)
