@@ -70,6 +70,13 @@ def test_scores_that_are_not_numbers_stop_the_stage(checkpoint, context):
         reap(Reap(keep=4, protect="none"), broken, model, context())
 
 
+def test_a_layer_without_tokens_is_refused(checkpoint, context):
+    model = checkpoint()
+    with pytest.raises(StageFailed, match="no calibration token was routed to any expert") as caught:
+        frequency(Frequency(keep=4, protect="none"), stats_of(model, [0] * 8, [0.0] * 8), model, context())
+    assert (caught.value.where, caught.value.hint) == ("layer 0", "calibrate with text, and with more `samples`")
+
+
 def test_merged_experts_cannot_be_pruned(checkpoint):
     from dataclasses import replace
 

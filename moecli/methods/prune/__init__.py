@@ -33,7 +33,7 @@ class Prune(Options):
     ours, `none` is what the papers do."""
     groups: Literal["per_group", "flatten"] = "per_group"
     """Under group-limited routing: `per_group` keeps the best of each routing group; `flatten` ranks all together and
-    ends the grouping, so the router picks among all that are left."""
+    ends the grouping, so the router picks among all that are left. EASY-EP's masked gate of all rows is not there."""
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if model.router_rows != model.experts:
@@ -63,12 +63,18 @@ def reads(*names: str) -> Callable[[Prune], tuple[str, ...]]:
 def drop_experts(model: Checkpoint, stats: CalibrationStats, score: Scores, opt: Prune, ctx: Context) -> Checkpoint:
     """Keep the best experts of each layer and their router rows; nothing else changes.
 
-    Under group-limited routing as `opt.groups` says. Raises StageFailed when a score is NaN, and when more experts are
-    protected than may stay.
+    Under group-limited routing as `opt.groups` says. Raises StageFailed when a score is NaN, when more experts are
+    protected than may stay, and for a layer without tokens, whose scores would all be alike.
     """
     family = family_of(model.config)
     config = one_group(model.config) if opt.groups == "flatten" else model.config
     blocks = family_of(config).facts.groups
+    for layer in score:
+        if not stats[layer].count_E.any():
+            raise StageFailed(
+                "no calibration token was routed to any expert", where=f"layer {layer}",
+                hint="calibrate with text, and with more `samples`",
+            )  # fmt: skip
     safe = protected(stats, model, opt, ctx)
     kept = {layer: _choose(scores, safe.get(layer, []), opt.keep, blocks, layer) for layer, scores in score.items()}
     with ctx.writer(model, config=family.shrink_config(config, opt.keep)) as out:

@@ -4,7 +4,8 @@ score_j = sum over tokens t routed to j of g_tj * ||y_tj|| * max(0, 1 - cos(h_t,
 before the block, r_t the routed sum without shared experts, g the weight the model really multiplies with.
 
 Unlike REAP it is not divided by the number of tokens, so it rewards frequency: made for a model that serves a known
-domain. Calibrate on prompts of that domain with the model's own answers; 25 samples are the authors' number.
+domain. Calibrate on prompts of that domain with the model's own answers; 25 samples are the authors' number. The
+paper's mixing of domains (mean over domains of I / sum I) is not there: statistics are kept for all data sets together.
 
 Source: arXiv 2504.06792, section 3 (NeurIPS 2025).
 
