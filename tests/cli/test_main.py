@@ -186,7 +186,8 @@ def test_a_signal_closes_what_is_open(number: signal.Signals, code: int, tmp_pat
         "show.planned = slow\n"
         "sys.exit(main.run(['check', 'x.yaml']))\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    command = ["env", "--default-signal=INT", sys.executable, "-c", script]  # a shell's background ignores it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "ready\n"
         os.kill(process.pid, number)

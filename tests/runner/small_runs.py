@@ -77,8 +77,9 @@ def started(folder: Path, *argv: str, code: str | None = None, **environment: st
     """`moecli` in a process group of its own; `code` runs in the same process first."""
     prelude = f"{code}\n" if code else ""
     program = f"{prelude}import sys\nfrom moecli.cli.main import run\nsys.exit(run(sys.argv[1:]))"
+    command = ["env", "--default-signal=INT", sys.executable, "-c", program]  # a shell's background ignores it
     return subprocess.Popen(
-        [sys.executable, "-c", program, *argv], cwd=folder, start_new_session=True, text=True,
+        [*command, *argv], cwd=folder, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
