@@ -281,14 +281,23 @@ def _grams(opt: Gptq, projection: str) -> list[str]:
 
 
 def _ladder(total_ECC: Tensor, weight_E: Tensor, count_E: Tensor, pool_CC: Tensor) -> Hessians:
-    """H of each expert, mixed with the layer's mean by the number of its tokens."""
+    """H of each expert, where it has few tokens mixed with the layer's mean. `total_ECC` is used up.
+
+    Experts with tokens enough keep their own H whatever the others' is: what is not finite stays where it came from.
+    """
     quarter = total_ECC.shape[-1] / 4
-    few_E, enough_E = count_E < FEW, count_E >= max(quarter, ENOUGH)
-    share_E = (count_E / (count_E + quarter)).masked_fill(enough_E, 1.0).masked_fill(few_E, 0.0).float()
-    own_E = share_E / weight_E.clamp(min=1e-30)
-    value_ECC = total_ECC.mul_(own_E[:, None, None]).add_((1 - share_E)[:, None, None] * pool_CC)
-    names = ["pooled" if few else "own" if enough else "mixed" for few, enough in zip(few_E, enough_E, strict=True)]
-    return Hessians(value_ECC, names)
+    counts = count_E.tolist()  # waits for the device, once
+    names = ["own" if n >= max(quarter, ENOUGH) else "pooled" if n < FEW else "mixed" for n in counts]
+    fixed = {"own": 1.0, "pooled": 0.0}
+    shares = [fixed.get(name, n / (n + quarter)) for name, n in zip(names, counts, strict=True)]
+    share_E = torch.tensor(shares, device=total_ECC.device)
+    total_ECC *= (share_E / weight_E.clamp(min=1e-30))[:, None, None]
+    for expert, name in enumerate(names):
+        if name == "pooled":
+            total_ECC[expert] = pool_CC
+        elif name == "mixed":
+            total_ECC[expert] += (1 - share_E[expert]) * pool_CC
+    return Hessians(total_ECC, names)
 
 
 def _stacks(linears: Sequence[Linear], model: Checkpoint, layer: int) -> dict[str, list[Stack]]:
