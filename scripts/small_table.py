@@ -1,27 +1,37 @@
-"""One table over a small model: pruning, merging, routers and INT4 at two sizes.
+"""One table over a small model: pruning, merging, routers, quantization and channels at several sizes.
 
-python scripts/small_table.py MODEL_FOLDER [--out runs/small-table] [--keep 24 16] [--only m-smoe ream]
+python scripts/small_table.py MODEL_FOLDER [--out runs/small-table] [--rows experts|channels] [--keep 24 16]
+    [--only m-smoe ream] [--device cuda] [--jobs 4]
 
 MODEL_FOLDER holds a model and `tasks/` with `calibration.jsonl` and the lm-eval tasks small_continuation and
-small_perplexity. Each row is a recipe, all in one run folder, so that the source is evaluated once; nothing is
-exported. ± is the standard error over questions, for rows of several seeds that over seeds. Recipes stay in --out.
+small_perplexity. Each row is a recipe; nothing is exported. Rows go to `rows.jsonl` in --out as they are done, so a
+table that was stopped goes on where it was. ± is the standard error of the difference to the source model on the same
+documents (of a row of several seeds, of its mean over them); of the accuracy itself it is in `rows.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
+import os
 import statistics
+import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 
-from moecli.core.artifacts import Evaluation, Metric
+from moecli.core.artifacts import Evaluation
 from moecli.io.store import RunFolder
+from moecli.runner.compare import pair
 from moecli.runner.execute import Execution
 from moecli.runner.open import open_recipe
+
+Record = dict[str, Any]
 
 KD = {"learning_rate": 1e-3, "epochs": 4, "dtype": "float32"}
 """The calibration text is 33 k tokens, 2 % of the paper's: more passes at a higher rate."""
@@ -115,73 +125,137 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def run(name: str, stages: list[dict[str, Any]], model: Path, out: Path, seed: int) -> Row:
-    """One recipe, stage by stage, without exporting a model."""
-    path = out / f"{name}-seed-{seed}.yaml"
-    path.write_text(yaml.safe_dump(recipe(model, stages, seed), sort_keys=False), encoding="utf-8")
-    opened = open_recipe(path)
-    folder = RunFolder(out / "run")
-    wanted = [index for index, step in enumerate(opened.plan.steps) if not (step.baseline and seed)]
-    execution = Execution(opened, folder, torch.device("cpu"))
-    start = time.monotonic()
-    with folder.lock():
-        for index in wanted:
-            execution.step(index)
-    found: dict[bool, Side | None] = {True: None}
-    for index in wanted:
-        step = opened.plan.steps[index]
-        if step.stage.kind == "eval":
-            sketch = opened.plan.source if step.baseline else opened.plan.sketch_of(opened.plan.final)
-            size = sum(spec.bytes for spec in sketch.specs.values()) / 2**20
-            found[step.baseline] = Side(size, execution.artifact(index, Evaluation))
-    return Row(found[True], found[False], time.monotonic() - start)
+class Runner:
+    """Runs rows one after another in a run folder of its own: the source is evaluated once, calibrations are shared."""
+
+    def __init__(self, model: Path, out: Path, device: str) -> None:
+        self.model, self.out, self.device = model, out, torch.device(device)
+        self.base: Evaluation | None = None
+
+    def row(self, name: str, stages: list[dict[str, Any]], seed: int) -> Record:
+        """One recipe, stage by stage, without exporting a model."""
+        path = self.out / f"{name}-seed-{seed}.yaml"
+        path.write_text(yaml.safe_dump(recipe(self.model, stages, seed), sort_keys=False), encoding="utf-8")
+        opened = open_recipe(path)
+        plan = opened.plan
+        folder = RunFolder(self.out / f"run-{os.getpid()}")
+        execution = Execution(opened, folder, self.device)
+        found: dict[bool, Evaluation] = {}
+        start = time.monotonic()
+        with folder.lock():
+            for index, step in enumerate(plan.steps):
+                if step.baseline and self.base is not None:
+                    continue
+                execution.step(index)
+                if step.stage.kind == "eval":
+                    found[step.baseline] = execution.artifact(index, Evaluation)
+        self.base = found.get(True, self.base)
+        assert self.base is not None
+        return {
+            "row": name,
+            "seed": seed,
+            "seconds": time.monotonic() - start,
+            "base": {"mib": mebibytes(plan.source), **metrics(self.base, self.base)},
+            "mib": mebibytes(plan.sketch_of(plan.final)),
+            **metrics(self.base, found[False]),
+        }
 
 
-class Side(NamedTuple):
-    size: float
-    evaluation: Evaluation
-
-    def metric(self, name: str) -> Metric:
-        return next(m for m in self.evaluation.metrics if m.metric == name)
+def mebibytes(sketch: Any) -> float:
+    return float(sum(spec.bytes for spec in sketch.specs.values()) / 2**20)
 
 
-class Row(NamedTuple):
-    base: Side | None
-    """None for seeds other than 0: the source is evaluated once."""
-    result: Side
-    seconds: float
+def metrics(base: Evaluation, found: Evaluation) -> Record:
+    """bits_per_byte and acc: value, its standard error, and that of the difference to the base, paired."""
+    paired, _ = pair(base, found)
+    return {
+        metric.metric: {
+            "value": metric.value,
+            "stderr": metric.stderr,
+            "paired": paired[metric.task, metric.metric].stderr if (metric.task, metric.metric) in paired else None,
+        }
+        for metric in found.metrics
+        if metric.metric in ("bits_per_byte", "acc")
+    }
 
 
-def line(label: str, sides: list[Side], seconds: float) -> str:
+def line(label: str, found: list[Record]) -> str:
     cells = []
     for name in ("bits_per_byte", "acc"):
-        values = [side.metric(name).value for side in sides]
-        error = sides[0].metric(name).stderr
+        values = [record[name]["value"] for record in found]
+        error = found[0][name]["paired"]
         if len(values) > 1:
             error = statistics.stdev(values) / len(values) ** 0.5
-        cells.append(f"{statistics.fmean(values):.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    return f"| {label} | {sides[0].size:.1f} | {' | '.join(cells)} | {seconds:.0f} |"
+        cells.append(f"{statistics.fmean(values):.4f}" + (f" ± {error:.4f}" if error else ""))
+    return f"| {label} | {found[0]['mib']:.1f} | {' | '.join(cells)} |"
+
+
+_runner: Runner | None = None
+
+
+def start(model: Path, out: Path, device: str) -> None:
+    global _runner
+    torch.set_num_threads(1)
+    _runner = Runner(model, out, device)
+
+
+def one(job: tuple[str, list[dict[str, Any]], int]) -> Record:
+    """A row that fails is a row that says so: the others go on."""
+    assert _runner is not None
+    try:
+        return _runner.row(*job)
+    except Exception as error:
+        return {"row": job[0], "seed": job[2], "error": f"{type(error).__name__}: {error}"}
+
+
+def jobs(rows: Mapping[str, list[dict[str, Any]]], done: set[tuple[str, int]]) -> Iterator[tuple[str, Any, int]]:
+    for name, stages in rows.items():
+        for seed in SEEDS.get(name.partition("-")[0], range(1)):
+            if (name, seed) not in done:
+                yield name, stages, seed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/small-table"))
+    parser.add_argument("--rows", choices=("experts", "channels"), default="experts")
     parser.add_argument("--keep", type=int, nargs="+", default=[24, 16])
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    print("| recipe | MiB | bits per byte | accuracy | seconds |\n|---|---|---|---|---|")
-    shown = False
-    for name, stages in variants(args.keep).items():
-        if args.only and not any(part in name for part in args.only):
-            continue
-        seeds = SEEDS.get(name.rpartition("-")[0], range(1))
-        rows = [run(name, stages, args.model.resolve(), args.out, seed) for seed in seeds]
-        if not shown:
-            print(line("base", [rows[0].base], 0))
-            shown = True
-        print(line(name, [row.result for row in rows], sum(row.seconds for row in rows)), flush=True)
+    if args.rows == "channels":
+        from slim_table import slim_rows
+
+        rows = slim_rows()
+    else:
+        rows = variants(args.keep)
+    rows = {name: stages for name, stages in rows.items() if not args.only or any(part in name for part in args.only)}
+    log = args.out / "rows.jsonl"
+    found = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+    found = [record for record in found if "error" not in record]
+    wanted = list(jobs(rows, {(record["row"], record["seed"]) for record in found}))
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs, start, (args.model.resolve(), args.out, args.device))
+    with pool, log.open("a") as out:
+        for record in pool.imap_unordered(one, wanted):
+            found.append(record)
+            print(json.dumps(record), file=out, flush=True)
+            print(record.get("error") or line(record["row"], [record]), file=sys.stderr, flush=True)
+    print("| recipe | MiB | bits per byte | accuracy |\n|---|---|---|---|")
+    failed = [record for record in found if "error" in record]
+    whole = [record for record in found if "error" not in record]
+    if whole:
+        print(line("base", [whole[0]["base"]]))
+    for name in rows:
+        same = [record for record in whole if record["row"] == name]
+        if same:
+            print(line(name, same))
+    for record in failed:
+        print(f"{record['row']} (seed {record['seed']}) failed: {record['error']}")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
