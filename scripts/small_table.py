@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -237,12 +238,14 @@ def main() -> None:
     found = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
     found = [record for record in found if "error" not in record]
     wanted = list(jobs(rows, {(record["row"], record["seed"]) for record in found}))
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs, start, (args.model.resolve(), args.out, args.device))
-    with pool, log.open("a") as out:
-        for record in pool.imap_unordered(one, wanted):
-            found.append(record)
-            print(json.dumps(record), file=out, flush=True)
-            print(record.get("error") or line(record["row"], [record]), file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, start, (args.model.resolve(), args.out, args.device)) as pool:
+        with log.open("a") as out:
+            for future in as_completed([pool.submit(one, job) for job in wanted]):
+                record = future.result()
+                found.append(record)
+                print(json.dumps(record), file=out, flush=True)
+                print(record.get("error") or line(record["row"], [record]), file=sys.stderr, flush=True)
     print("| recipe | MiB | bits per byte | accuracy |\n|---|---|---|---|")
     failed = [record for record in found if "error" in record]
     whole = [record for record in found if "error" not in record]
