@@ -238,14 +238,14 @@ def main() -> None:
     found = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
     found = [record for record in found if "error" not in record]
     wanted = list(jobs(rows, {(record["row"], record["seed"]) for record in found}))
+    settings = (args.model.resolve(), args.out, args.device)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, start, (args.model.resolve(), args.out, args.device)) as pool:
-        with log.open("a") as out:
-            for future in as_completed([pool.submit(one, job) for job in wanted]):
-                record = future.result()
-                found.append(record)
-                print(json.dumps(record), file=out, flush=True)
-                print(record.get("error") or line(record["row"], [record]), file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(args.jobs, context, start, settings) as pool, log.open("a") as out:
+        for future in as_completed([pool.submit(one, job) for job in wanted]):
+            record = future.result()
+            found.append(record)
+            print(json.dumps(record), file=out, flush=True)
+            print(record.get("error") or line(record["row"], [record]), file=sys.stderr, flush=True)
     print("| recipe | MiB | bits per byte | accuracy |\n|---|---|---|---|")
     failed = [record for record in found if "error" in record]
     whole = [record for record in found if "error" not in record]
