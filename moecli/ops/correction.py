@@ -1,0 +1,102 @@
+"""The best B A of rank r for what a weight has lost, given what its inputs are like. Many matrices at once.
+
+Letters: E matrices, R outputs, C inputs, r rank.
+
+Of dW = W - W_hat and the second moment G of the inputs, the sum over inputs of ||(dW - B A) x||^2 is
+tr((dW - B A) G (dW - B A)^T). With U the r leading eigenvectors of dW G dW^T it is least for
+
+    B = U, A = U^T dW
+
+For any S with S S^T = G, Eckart and Young say that the best matrix of rank r for dW S is U U^T dW S, which is B A S.
+Published codes cut off svd(dW S) and multiply by the inverse of S: the same product wherever there is an inverse (EoRA,
+arXiv 2410.21271, with G from calibration; L2QER, arXiv 2402.02446, and SLiM-LoRA, arXiv 2410.09615, with a diagonal
+one). Here nothing is inverted, so inputs that never came are no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEW = 32
+"""Inputs below which an expert's own moments say nothing."""
+ENOUGH = 256
+"""Inputs from which on they are used alone, if they are a quarter of the width too."""
+
+
+class Correction(NamedTuple):
+    """Factors of each matrix, and the loss that they leave. All float64."""
+
+    b_ERr: Tensor
+    """orthonormal columns"""
+    a_ErC: Tensor
+    before_E: Tensor
+    """tr(dW G dW^T)"""
+    after_E: Tensor
+    """The same of dW - B A: the sum of the eigenvalues that were cut off."""
+
+
+def correction(lost_ERC: Tensor, moment_E: Tensor, rank: int) -> Correction:
+    """B and A of rank min(rank, R, C). `moment_E` is G [E, C, C], or [E, C] where it is diagonal; positive
+    semi-definite, of any scale. Values are finite. The signs of B's columns are those the eigensolver gives.
+    """
+    lost = lost_ERC.double()
+    moment = moment_E.to(lost)
+    rows, columns = lost.shape[-2:]
+    basis = None
+    if rows > columns:  # dW = Q T: the eigenvectors of dW G dW^T are Q times those of the smaller T G T^T
+        basis, lost = torch.linalg.qr(lost)
+    gram = output_moment(lost, moment)
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values = values.clamp(min=0)
+    kept = min(rank, values.shape[-1])
+    leading = vectors[..., -kept:]
+    b = leading if basis is None else basis @ leading
+    return Correction(b, leading.mT @ lost, values.sum(-1), values[..., :-kept].sum(-1))
+
+
+def output_moment(weight_ERC: Tensor, moment_E: Tensor) -> Tensor:
+    """W G W^T [E, R, R], for G [E, C, C] or its diagonal [E, C]; in the weight's type."""
+    moment = moment_E.to(weight_ERC)
+    left = weight_ERC * moment[:, None] if moment.dim() == 2 else weight_ERC @ moment
+    return left @ weight_ERC.mT
+
+
+def output_energy(weight_ERC: Tensor, moment_E: Tensor) -> Tensor:
+    """tr(W G W^T) [E], float64: the sum over inputs of ||W x||^2."""
+    weight = weight_ERC.double()
+    moment = moment_E.to(weight)
+    left = weight * moment[:, None] if moment.dim() == 2 else weight @ moment
+    return (left * weight).sum((-2, -1))
+
+
+def pooled(total_E: Tensor, count_E: Tensor) -> tuple[Tensor, Sequence[str]]:
+    """Mean moments of each expert's n inputs, from sums [E, C] or [E, C, C], and how each was come by:
+
+        own      n >= max(C / 4, 256)   its own mean
+        mixed    32 <= n                n / (n + C/4) of its own, the rest the mean over the inputs of all experts
+        pooled   n < 32                 the mean over the inputs of all experts
+        plain    that is not finite, or zero: the identity, every input counts the same
+
+    Float64; the ladder of `quantize/gptq` on any moments. Waits for the device once.
+    """
+    total = total_E.double()
+    columns, ones = total.shape[-1], (1,) * (total.dim() - 1)
+    counts = count_E.tolist()
+    quarter = columns / 4
+    names = ["own" if n >= max(quarter, ENOUGH) else "pooled" if n < FEW else "mixed" for n in counts]
+    fixed = {"own": 1.0, "pooled": 0.0}
+    share_E = total.new_tensor([fixed.get(x, n / (n + quarter)) for x, n in zip(names, counts, strict=True)])
+    own = total / count_E.to(total).clamp(min=1).view(-1, *ones)
+    mean = total.sum(0) / max(1, sum(counts))
+    share = share_E.view(-1, *ones)
+    # Where a share is 0 its side must not count at all: 0 times what is not finite is not 0.
+    mixed = torch.where(share == 1, own, torch.where(share == 0, mean, share * own + (1 - share) * mean))
+    flat = mixed.flatten(1)
+    sound_E = torch.isfinite(flat).all(-1) & (flat.amax(-1) > 0)
+    identity = torch.ones_like(mean) if mixed.dim() == 2 else torch.eye(columns, dtype=total.dtype, device=total.device)
+    kinds = [name if sound else "plain" for name, sound in zip(names, sound_E.tolist(), strict=True)]
+    return torch.where(sound_E.view(-1, *ones), mixed, identity), kinds
