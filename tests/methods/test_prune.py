@@ -6,6 +6,7 @@ import torch
 from moecli.core.artifacts import CalibrationStats, LayerStats, sketch_of
 from moecli.core.errors import StageFailed
 from moecli.families import family_of
+from moecli.families.adapter import load_model
 from moecli.methods.prune.ean import Ean, ean
 from moecli.methods.prune.easy_ep import EasyEp, easy_ep
 from moecli.methods.prune.frequency import Frequency, frequency
@@ -89,9 +90,9 @@ def test_merged_experts_cannot_be_pruned(checkpoint):
 # -- the score zoo
 
 
-def some_stats(model, seed=0):
+def some_stats(model, seed=0, experts=8):
     """Every routed statistic with random values; expert 1 of every layer saw no token."""
-    rng, experts, layers = torch.Generator().manual_seed(seed), model.facts.experts, {}
+    rng, layers = torch.Generator().manual_seed(seed), {}
     for layer in model.facts.moe_layers:
         count = torch.randint(1, 30, (experts,), generator=rng)
         count[1] = 0
@@ -174,3 +175,118 @@ def test_flatten_ranks_all_groups_together_and_ends_the_grouping(checkpoint, con
     forecast = opt.forecast(sketch_of(model))
     assert forecast.facts == pruned.facts
     assert forecast.specs == {name: pruned.spec(name) for name in pruned.names()}
+
+
+# -- groups: mask
+
+
+def naive_mask(scores, keep, groups, floor):
+    """The best `floor` of each group, then the best of what is left."""
+    size = len(scores) // groups
+    ranked = sorted(range(len(scores)), key=lambda e: (-scores[e], e))
+    kept = [e for g in range(groups) for e in [e for e in ranked if e // size == g][:floor]]
+    return sorted(kept + [e for e in ranked if e not in kept][: keep - len(kept)])
+
+
+@pytest.mark.parametrize("keep", [4, 5, 7])
+def test_mask_ranks_all_groups_together_but_leaves_each_enough(keep, checkpoint, context):
+    model, ctx = checkpoint("deepseek_v3"), context()
+    count = [9, 8, 7, 6, 1, 2, 3, 4]
+    opt = Frequency(keep=keep, protect="none", groups="mask")
+    assert not list(opt.problems(model.facts))
+    frequency(opt, stats_of(model, count, GEAN), model, ctx)
+    expected = naive_mask(count, keep, 2, 2)
+    assert ctx.records["kept"] == {str(layer): expected for layer in model.facts.moe_layers}
+    best = sorted(sorted(range(8), key=lambda e: -count[e])[:keep])
+    forced = len(model.facts.moe_layers) * len(set(expected) - set(best))
+    said = f"{forced} experts stay although others score more: each routing group keeps 2 or more"
+    assert ctx.notes == ([said] if forced else [])
+
+
+def test_a_masked_router_routes_as_the_source_does_among_those_left(checkpoint, context):
+    """Token by token: groups are ranked by their best two survivors, weights are those of the source's own scores."""
+    model, ctx = checkpoint("deepseek_v3", experts=12, n_group=3, topk_group=2, top_k=3), context()
+    stats = some_stats(model, experts=12)
+    opt = Reap(keep=7, protect="none", groups="mask")
+    reap(opt, stats, model, ctx)
+    pruned, family = ctx.finish(model), family_of(model.config)
+    after = family_of(pruned.config)
+    assert (pruned.facts.experts, pruned.facts.router_rows, pruned.facts.groups) == (7, 12, 3)
+    forecast = opt.forecast(sketch_of(model))
+    assert forecast.facts == pruned.facts
+    assert forecast.specs == {name: pruned.spec(name) for name in pruned.names()}
+    for layer in model.facts.moe_layers:
+        kept = ctx.records["kept"][str(layer)]
+        x = torch.randn(50, model.facts.hidden, generator=torch.Generator().manual_seed(layer))
+        scores = family.router_logits(model, layer, x).sigmoid()
+        bias = model.get(family.router_role(model, layer, "correction"))
+        routing = after.route_tokens(pruned, layer, x)
+        assert pruned.get(after.alias_name(layer))[kept].tolist() == list(range(7))
+        for token, score in enumerate(scores):
+            choice = {e: float(score[e] + bias[e]) for e in kept}
+            best = {g: sum(sorted((c for e, c in choice.items() if e // 4 == g), reverse=True)[:2]) for g in range(3)}
+            groups = sorted(best, key=best.get, reverse=True)[:2]
+            chosen = sorted((e for e in kept if e // 4 in groups), key=choice.get, reverse=True)[:3]
+            total = sum(float(score[e]) for e in chosen)
+            found = dict(zip(routing.experts_Tk[token].tolist(), routing.weights_Tk[token].tolist(), strict=True))
+            assert set(found) == set(chosen)
+            expected = [float(score[e]) / total * model.config["routed_scaling_factor"] for e in chosen]
+            assert [found[e] for e in chosen] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_masked_model_computes_what_masked_modules_compute(checkpoint, context):
+    """Logits against the source in transformers with the same bias of -inf: every expert that is used is there."""
+    model, ctx = checkpoint("deepseek_v3"), context()
+    reap(Reap(keep=5, protect="none", groups="mask"), some_stats(model), model, ctx)
+    source = load_model(model)
+    for layer in model.facts.moe_layers:
+        dropped = [e for e in range(8) if e not in ctx.records["kept"][str(layer)]]
+        source.model.layers[layer].mlp.gate.e_score_correction_bias[dropped] = float("-inf")
+    ids = torch.arange(60).view(2, 30) % 100
+    with torch.no_grad():
+        assert torch.equal(load_model(ctx.finish(model))(ids).logits, source(ids).logits)
+
+
+def test_what_cannot_be_masked_is_refused(checkpoint, context):
+    grouped, plain = checkpoint("deepseek_v3"), checkpoint("qwen3_moe")
+    (problem,) = Reap(keep=3, groups="mask").problems(grouped.facts)
+    assert problem.message == (
+        "the router picks 2 experts per token from 1 of 2 groups, so `mask` keeps 2 in each: `keep` must be at least 4, "
+        "got 3"
+    )
+    assert problem.hint == "use `keep: 4`"
+    for refused in (
+        lambda: Reap(keep=4, groups="mask").forecast(sketch_of(plain)),
+        lambda: reap(Reap(keep=4, groups="mask", protect="none"), some_stats(plain), plain, context()),
+    ):
+        with pytest.raises(StageFailed, match="needs a router with a correction bias, `qwen3_moe` has none") as caught:
+            refused()
+        assert caught.value.hint == "leave `groups` out"
+
+
+def test_a_mask_needs_room_for_protected_experts_and_every_group(checkpoint, context, monkeypatch):
+    model = checkpoint("deepseek_v3")
+    first = model.facts.moe_layers[0]
+    monkeypatch.setattr("moecli.methods.prune.super_experts", lambda absmax, layers: {first: [0, 1, 2]})
+    with pytest.raises(StageFailed, match="Super Experts of this layer beside 2 experts of each routing group"):
+        frequency(Frequency(keep=4, groups="mask"), some_stats(model), model, context())
+
+
+def test_keep_must_divide_over_the_devices(checkpoint):
+    facts = checkpoint().facts
+    assert not list(Reap(keep=6, keep_multiple_of=3).problems(facts))
+    (problem,) = Reap(keep=5, keep_multiple_of=3).problems(facts)
+    assert (problem.option, problem.hint) == ("keep", "use `keep: 6`")
+    assert problem.message == "`keep` must be a multiple of 3 (`keep_multiple_of`), got 5"
+    (problem,) = Reap(keep=5, keep_multiple_of=16).problems(facts)
+    assert problem.hint is None
+
+
+def test_protection_leaves_the_statistics_alone(checkpoint, context, monkeypatch):
+    """Stages share one artifact: raising a score must not reach it."""
+    model = checkpoint()
+    stats, first = some_stats(model), model.facts.moe_layers[0]
+    before = stats[first]["easy"].clone()
+    monkeypatch.setattr("moecli.methods.prune.super_experts", lambda absmax, layers: {first: [1]})
+    easy_ep(EasyEp(keep=4), stats, model, context())
+    assert torch.equal(stats[first]["easy"], before)

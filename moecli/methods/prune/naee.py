@@ -6,7 +6,7 @@ The weighted outputs of a set follow from the Gram of all experts' outputs of ea
 
 `search: exhaustive` tries every set, `greedy` takes the least harmful expert away again and again, `beam` does so with
 `beam_width` sets at a time; `auto` is exhaustive up to 20,000 sets, else greedy. Sets are searched, experts are not
-scored, so `per_group` pruning of group-limited routers is refused.
+scored, so `per_group` pruning of group-limited routers is refused, and `mask`.
 
 For routers that pick two experts the threshold of dynamic skipping, the median over tokens of the second weight over
 the first, is recorded per layer as `skip_thresholds`: at inference the second expert may be skipped below it. Nothing
@@ -55,11 +55,9 @@ class Naee(Prune):
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         yield from super().problems(model)
-        if self.groups == "per_group" and model.groups > 1:
-            yield Problem(
-                "groups", f"`prune/naee` cannot keep the router's {model.groups} groups equal",
-                hint="write `groups: flatten`",
-            )  # fmt: skip
+        if self.groups == "mask" or (self.groups == "per_group" and model.groups > 1):
+            what = "mask rows" if self.groups == "mask" else f"keep the router's {model.groups} groups equal"
+            yield Problem("groups", f"`prune/naee` cannot {what}", hint="write `groups: flatten`")
         if self.search == "exhaustive" and (sets := math.comb(model.experts, self.keep)) > 10**7:
             yield Problem("search", f"`exhaustive` would try {sets:.1e} sets a layer", hint="write `search: greedy`")
 
