@@ -251,8 +251,8 @@ def test_what_cannot_be_masked_is_refused(checkpoint, context):
     grouped, plain = checkpoint("deepseek_v3"), checkpoint("qwen3_moe")
     (problem,) = Reap(keep=3, groups="mask").problems(grouped.facts)
     assert problem.message == (
-        "the router picks 2 experts per token from 1 of 2 groups, so `mask` keeps 2 in each: `keep` must be at least 4, "
-        "got 3"
+        "the router picks 2 experts per token from 1 of 2 groups, so `mask` keeps 2 in each: "
+        "`keep` must be at least 4, got 3"
     )
     assert problem.hint == "use `keep: 4`"
     for refused in (
