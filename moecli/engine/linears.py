@@ -1,7 +1,8 @@
-"""What goes into the linears of a layer that are no routed experts: Gram matrices of their inputs."""
+"""What goes into the linears of a layer that are no routed experts: Gram matrices of their inputs, or mean sizes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -56,11 +57,15 @@ class InputGrams(Collector):
         rows = x.reshape(-1, x.shape[-1])
         if self._layer.rows is not None:
             rows = rows[self._layer.rows]
+        self._add(name, rows)
+
+    def _add(self, name: str, rows_TC: Tensor) -> None:
+        width, device = rows_TC.shape[-1], rows_TC.device
         if name not in self._totals:
-            dtype = torch.float32 if x.is_cuda else torch.float64
-            self._totals[name] = torch.zeros(1, x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
-        end_1 = torch.full((1,), len(rows), dtype=torch.int32, device=x.device)
-        gram.add(self._totals[name], rows, None, end_1)
+            dtype = torch.float32 if device.type == "cuda" else torch.float64
+            self._totals[name] = torch.zeros(1, width, width, dtype=dtype, device=device)
+        end_1 = torch.full((1,), len(rows_TC), dtype=torch.int32, device=device)
+        gram.add(self._totals[name], rows_TC, None, end_1)
 
     def sharing(self) -> dict[str, list[str]]:
         """First of the linears that share an input -> all of them, in the order they ran."""
@@ -72,3 +77,21 @@ class InputGrams(Collector):
     def matrix(self, leader: str) -> Tensor:
         """float32 [C, C]"""
         return gram.whole(self._totals[leader])[0].float()
+
+
+class InputSizes(InputGrams):
+    """Mean over all tokens of |x| for the input x of each linear, as `InputGrams` otherwise."""
+
+    name = "input_sizes"
+
+    def start(self, shape: LayerShape | None, device: torch.device) -> None:
+        super().start(shape, device)
+        self._tokens: Counter[str] = Counter()
+
+    def _add(self, name: str, rows_TC: Tensor) -> None:
+        self._totals[name] = self._totals.get(name, 0) + rows_TC.abs().sum(0, dtype=torch.float64)
+        self._tokens[name] += len(rows_TC)
+
+    def vector(self, leader: str) -> Tensor:
+        """float64 [C]"""
+        return self._totals[leader] / self._tokens[leader]
