@@ -65,7 +65,7 @@ def recipe(model: Path, stages: list[dict[str, Any]], seed: int) -> dict[str, An
         "seed": seed,
         "stages": [
             {"run": "calibrate/statistics", "with": calibrate},
-            *({"run": "calibrate/statistics", "with": calibrate} if stage is CALIBRATE else stage for stage in stages),
+            *({"run": "calibrate/statistics", "with": calibrate} if stage == CALIBRATE else stage for stage in stages),
             {"run": "eval/lm-eval", "with": evaluate},
         ],
     }
@@ -74,6 +74,7 @@ def recipe(model: Path, stages: list[dict[str, Any]], seed: int) -> dict[str, An
 def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
     """Name -> the stages between calibration and evaluation."""
     int4 = {"run": "quantize/rtn", "with": {"bits": 4, "group_size": 128}}
+    kd = {"run": "router/kd", "with": KD}
     gptq4 = {"run": "quantize/gptq", "with": {"bits": 4, "group_size": 128}}
     rows: dict[str, list[dict[str, Any]]] = {"int4": [int4]}
     for bits in (4, 3, 2):
@@ -92,6 +93,17 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
         }
         rows |= {
             f"reap-{keep}-gptq-4": [*reap, gptq4],
+            f"m-smoe-{keep}-merge-moe-refit-kd-gptq-4": [*fitted, {"run": "router/refit"}, kd, gptq4],
+            f"naee-{keep}-kd": [{"run": "prune/naee", "with": {"keep": keep}}, kd],
+            f"ean-{keep}-kd": [{"run": "prune/ean", "with": {"keep": keep, "form": "sum"}}, kd],
+            f"m-smoe-{keep}-merge-moe-row-drop-kd": [*fitted, {"run": "router/row-drop"}, kd],
+            f"naee-{more}-then-merge-{keep}-kd": [
+                {"run": "prune/naee", "with": {"keep": more}}, CALIBRATE, *fitted, {"run": "router/refit"}, kd,
+            ],
+            f"merge-{more}-then-naee-{keep}-kd": [
+                {"run": "cluster/m-smoe", "with": {"keep": more}}, {"run": "merge/merge-moe"}, {"run": "router/refit"},
+                CALIBRATE, {"run": "prune/naee", "with": {"keep": keep}}, kd,
+            ],
             f"m-smoe-{keep}-merge-moe-refit-gptq-4": [*fitted, {"run": "router/refit"}, gptq4],
             f"reap-{more}-then-merge-{keep}": [
                 {"run": "prune/reap", "with": {"keep": more}}, CALIBRATE, *fitted, {"run": "router/refit"},
@@ -120,8 +132,8 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
             f"m-smoe-{keep}-merge-moe-row-mean": [*fitted, {"run": "router/row-mean"}],
             f"m-smoe-{keep}-merge-moe-lse-ridge": [*fitted, {"run": "router/lse-ridge"}],
             f"m-smoe-{keep}-merge-moe-refit": [*fitted, {"run": "router/refit"}],
-            f"m-smoe-{keep}-merge-moe-refit-kd": [*fitted, {"run": "router/refit"}, {"run": "router/kd", "with": KD}],
-            f"reap-{keep}-kd": [*reap, {"run": "router/kd", "with": KD}],
+            f"m-smoe-{keep}-merge-moe-refit-kd": [*fitted, {"run": "router/refit"}, kd],
+            f"reap-{keep}-kd": [*reap, kd],
         }  # fmt: skip
     return rows
 
