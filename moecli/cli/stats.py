@@ -58,6 +58,9 @@ def merge(
     first: Annotated[str, _place("A")],
     second: Annotated[str, _place("B")],
     out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="File to write, named *.safetensors.")],
+    domains: Annotated[
+        bool, typer.Option("--domains", help="Each is a domain of its own: scores of EASY-EP count alike.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Put statistics over different text of one model together."""
@@ -69,7 +72,7 @@ def merge(
         raise UsageError(f"`--out` must end in .safetensors, got `{out}`", hint=f"`-o {out}.safetensors`")
     if target.exists() or target.with_suffix(".json").exists():
         raise UsageError(f"`{out}` exists already, nothing was written")
-    found = merged(load(first), load(second))
+    found = merged(load(first), load(second), domains)
     save_artifact(target.parent, target.stem, found)
     document = {"first": first, "second": second, **stats_document(out, found)}
     _emit(document, f"{stats_text(document)}\n\nwrote {target} and {target.with_suffix('.json')}", json_)

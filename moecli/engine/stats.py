@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,14 +86,42 @@ def _fed(stats: LayerStats, more: LayerStats, experts: list[int]) -> LayerStats:
 # --- two artifacts --------------------------------------------------------------------------------
 
 
-def merged(first: CalibrationStats, second: CalibrationStats) -> CalibrationStats:
+DOMAINS = "domains"
+"""Entry of `source`: how many domains `easy` is put together of; absent where it is a sum over tokens."""
+
+
+def merged(first: CalibrationStats, second: CalibrationStats, domains: bool = False) -> CalibrationStats:
     """Statistics over the text of both. UsageError names everything that keeps them apart: another model or dtype,
     other layers, statistics or shapes, or text that is in both.
+
+    With `domains` they stand for a domain each, or for several that were put together so: `easy` becomes the sum over
+    domains of easy / sum_i easy_i, which ranks experts as the mean over domains does (EASY-EP, arXiv 2504.06792). All
+    other statistics are those of both texts.
     """
     if reasons := list(_differences(first, second)):
         raise UsageError(f"these statistics cannot be merged: {'; '.join(reasons)}")
-    layers = {layer: _both(stats, second[layer]) for layer, stats in first.items()}
-    return CalibrationStats(layers, _source_of(first.source, second.source))
+    many = sum(int(stats.source.get(DOMAINS, domains)) for stats in (first, second))
+    if domains and any("easy" not in stats.extra for stats in first.values()):
+        raise UsageError("`--domains` puts scores of EASY-EP together, these statistics hold no `easy`",
+                         hint="calibrate with `statistics: [easy, absmax]`")  # fmt: skip
+    if many and not domains:
+        raise UsageError("these statistics cannot be merged: `easy` of one of them is put together of domains",
+                         hint="add `--domains`")  # fmt: skip
+    sides = [_by_domain(stats) for stats in (first, second)] if domains else [first, second]
+    layers = {layer: _both(stats, sides[1][layer]) for layer, stats in sides[0].items()}
+    source = _source_of(first.source, second.source)
+    return CalibrationStats(layers, source | {DOMAINS: many} if domains else source)
+
+
+def _by_domain(stats: CalibrationStats) -> CalibrationStats:
+    """The same with `easy` as a share of its sum in each layer, unless it is made of domains already."""
+    if DOMAINS in stats.source:
+        return stats
+    shared = {
+        layer: replace(s, extra={**s.extra, "easy": s["easy"] / s["easy"].sum().clamp(min=1e-300)})
+        for layer, s in stats.items()
+    }
+    return CalibrationStats(shared, stats.source)
 
 
 def _both(first: LayerStats, second: LayerStats) -> LayerStats:

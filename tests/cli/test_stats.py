@@ -134,6 +134,7 @@ def test_diff(answer: Answer) -> None:
         (["merge", "a.json", "b.json", "-o", "a.safetensors"], 2, "`a.safetensors` exists already"),
         (["merge", "a.json", "run", "-o", "c.safetensors"], 2, "both hold the same text (digest t1)"),
         (["merge", "a.json", "thin.json", "-o", "c.safetensors"], 2, "layers differ (0 1 and 0)"),
+        (["merge", "a.json", "b.json", "--domains", "-o", "c.safetensors"], 2, "these statistics hold no `easy`"),
         (["diff", "a.json", "thin.json"], 2, "these statistics cannot be compared: layers differ (0 1 and 0)"),
         (["merge", "a.json", "b.json"], 2, "needs `--out`"),
         (["shwo", "a.json"], 2, "unknown command `shwo`"),

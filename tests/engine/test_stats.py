@@ -96,6 +96,42 @@ def test_merging_goes_on() -> None:
         merged(three, toy(2))
 
 
+def with_easy(seed: int) -> CalibrationStats:
+    """As `toy`, with scores whose size differs from domain to domain."""
+    stats, scale = toy(seed), 10.0 ** (seed % 7)
+    for layer, found in stats.items():
+        rng = torch.Generator().manual_seed(100 * seed + layer)
+        found.extra["easy"] = scale * torch.rand(E, generator=rng, dtype=torch.float64)  # type: ignore[index]
+    return stats
+
+
+@given(st.permutations([1, 2, 3]))
+def test_domains_count_alike(order: list[int]) -> None:
+    """The mean over domains of I / sum I (EASY-EP), up to a factor, in whatever order they are put together."""
+    a, b, c = (with_easy(seed) for seed in order)
+    mixed = merged(merged(a, b, domains=True), c, domains=True)
+    assert mixed.source["domains"] == 3
+    for layer in (1, 3):
+        scores = [[float(x) for x in with_easy(seed)[layer]["easy"]] for seed in (1, 2, 3)]
+        expected = [sum(s[e] / sum(s) for s in scores) for e in range(E)]
+        assert mixed[layer]["easy"].tolist() == pytest.approx(expected, rel=1e-12)
+        assert torch.equal(mixed[layer].count_E, sum(d[layer].count_E for d in (a, b, c)))
+    summed = merged(merged(a, b), c)
+    assert "domains" not in summed.source
+    assert summed[1]["easy"].tolist() == pytest.approx(sum(d[1]["easy"] for d in (a, b, c)).tolist())
+    assert float(a[1]["easy"].sum()) != pytest.approx(1), "the parts stay as they are"
+
+
+def test_a_domain_without_scores_or_without_the_flag_is_refused() -> None:
+    with pytest.raises(UsageError, match="these statistics hold no `easy`") as caught:
+        merged(toy(1), toy(2), domains=True)
+    assert caught.value.hint == "calibrate with `statistics: [easy, absmax]`"
+    both = merged(with_easy(1), with_easy(2), domains=True)
+    with pytest.raises(UsageError, match="`easy` of one of them is put together of domains") as caught:
+        merged(with_easy(3), both)
+    assert caught.value.hint == "add `--domains`"
+
+
 def test_what_keeps_statistics_apart() -> None:
     first, second = toy(1), toy(2, model="n" * 64, dtype="float32", model_type="qwen3_moe")
     wide = layer_stats(7)

@@ -5,6 +5,7 @@ import torch
 
 from moecli.core.artifacts import CalibrationStats, LayerStats, sketch_of
 from moecli.core.errors import StageFailed
+from moecli.engine.stats import merged
 from moecli.families import family_of
 from moecli.families.adapter import load_model
 from moecli.methods.prune.ean import Ean, ean
@@ -128,6 +129,22 @@ def test_a_score_is_its_formula(name, checkpoint, context):
         assert ctx.records["kept"][str(layer)] == sorted(ranked[:5])
     assert set(method.needs(opt)) <= {"prob_sum", "ean_sum", "ean_sq", "gean_sum", "easy"}
     assert set(method.needs(options(keep=5, **given))) == {*method.needs(opt), "absmax"}
+
+
+def test_easy_ep_over_several_domains_lets_each_count_alike(checkpoint, context):
+    """A loud domain that wants experts 0 to 3 does not drown a quiet one that wants 4 to 7."""
+    model, ctx = checkpoint(), context()
+    about = {"model": "m", "dtype": "float32", "model_type": "qwen3_moe"}
+    domains = []
+    for at, scores in enumerate([[900.0, 300, 200, 100, 0, 0, 0, 0], [0.0, 0, 0, 0, 1, 2, 3, 9]]):
+        found = some_stats(model)
+        for s in found.values():
+            s.extra["easy"] = torch.tensor(scores, dtype=torch.float64)
+        domains.append(CalibrationStats(dict(found), about | {"digest": f"text {at}"}))
+    easy_ep(EasyEp(keep=4, protect="none"), merged(*domains), model, context("sum"))
+    easy_ep(EasyEp(keep=4, protect="none"), merged(*domains, domains=True), model, ctx)
+    assert ctx.records["kept"] == {str(layer): [0, 1, 6, 7] for layer in model.facts.moe_layers}
+    assert ctx.notes == ["scores are means over 2 domains, each of which counts alike"]
 
 
 def test_random_keeps_what_the_seed_says(checkpoint, context):
