@@ -224,7 +224,11 @@ def pooled_gram(
     """
     keys = [stats[layer]["tok_reservoir_key"] for layer in window]
     if any(not torch.equal(keys[0], key) for key in keys):
-        raise StageFailed("the token reservoirs of these layers hold other tokens", where=f"layers {window}")
+        raise StageFailed(
+            "the token reservoirs of these layers hold other tokens",
+            where=f"layers {window[0]} to {window[-1]}",
+            hint="calibrate again, or write `alloc: cost_curve`",
+        )
     tokens = len(stats[window[0]]["tok_reservoir"])
     layers = [_on_device(model, layer, some, ctx) for layer, some in zip(window, others, strict=True)]
     family, size = family_of(model.config), sum(len(some) for some in others)

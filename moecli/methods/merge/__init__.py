@@ -140,7 +140,11 @@ def grouped_members(plan: LayerPlan) -> Tensor:
 def _check(plan: LayerPlan, experts: int, layer: int) -> None:
     if len(plan.group_E) != experts:
         raise StageFailed(
-            f"the plan is for {len(plan.group_E)} experts, the model has {experts}", where=f"layer {layer}"
-        )
+            f"the plan is for {len(plan.group_E)} experts, the model has {experts}", where=f"layer {layer}",
+            hint="calibrate and cluster the model that stands here",
+        )  # fmt: skip
     if (plan.group_E == DROPPED).any():
-        raise StageFailed("the plan drops experts; merging needs every expert in a group", where=f"layer {layer}")
+        raise StageFailed(
+            "the plan drops experts; merging needs every expert in a group", where=f"layer {layer}",
+            hint="use a `cluster/...` stage",
+        )  # fmt: skip

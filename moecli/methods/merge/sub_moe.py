@@ -62,7 +62,10 @@ def sub_moe(
         if opt.ratio is None:
             return average
         if stats is None:
-            raise StageFailed("`ratio` needs calibration statistics", hint="add a `calibrate/statistics` stage")
+            raise StageFailed(
+                "`ratio` needs calibration statistics", where=f"layer {layer}",
+                hint="add a `calibrate/statistics` stage, or leave `ratio` out",
+            )  # fmt: skip
         found, ratio = stats[layer], opt.ratio
         weight_E = torch.ones(len(found.count_E)) if opt.cov == "sum" else 1 / found.count_E.clamp(min=1)
         member_KE = share_matrix(weight_E, layer_plan.group_E, layer_plan.experts)
