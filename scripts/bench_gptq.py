@@ -93,7 +93,7 @@ def main() -> None:
 def run(opt: module.Gptq, text: CalibrationText, source: Checkpoint, folder: Path, device: str) -> float:
     """Median seconds of a layer after the first."""
     work = Work(folder, device)
-    module.gptq(opt, text, source, work)  # type: ignore[arg-type]
+    module.gptq(opt, text, source, None, work)  # type: ignore[arg-type]
     steps = sorted(b - a for a, b in zip(work.ends, work.ends[1:], strict=False))
     return steps[len(steps) // 2] if steps else float("nan")
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from moecli.core.errors import MoecliError, SurroundingsError
-from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
+from moecli.core.model import ModelFacts, ModelSketch, PlannedBits, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -303,6 +303,31 @@ class ExpertPlan(_PerLayer[LayerPlan], Artifact):
                 tensors[f"{layer}.group"], tensors[f"{layer}.share"], tensors[f"{layer}.lead"], extra
             )
         return cls(layers)
+
+
+class BitPlan(_PerLayer["Tensor"], Artifact):
+    """{layer index: bits_E2}, an entry for each MoE layer. int64 [E, 2]: bits of each routed expert's gate and up
+    projections, and of its down projection.
+    """
+
+    def __init__(self, layers: Mapping[int, Tensor]) -> None:
+        super().__init__(layers)
+        for layer, bits_E2 in self.items():
+            if bits_E2.dim() != 2 or bits_E2.shape[1] != 2 or bits_E2.is_floating_point():
+                raise ValueError(f"layer {layer}: bits must be whole numbers [E, 2], got {list(bits_E2.shape)}")
+            if bits_E2.min() < 1 or bits_E2.max() > 16:
+                raise ValueError(f"layer {layer}: bits must lie between 1 and 16")
+
+    def pairs(self) -> PlannedBits:
+        """The same as plain numbers, as a `ModelSketch` holds them."""
+        return {layer: tuple((up, down) for up, down in bits_E2.tolist()) for layer, bits_E2 in self.items()}
+
+    def pack(self) -> Packed:
+        return Packed({f"{layer}.bits": bits_E2 for layer, bits_E2 in self.items()}, {"layers": list(self)})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Self:
+        return cls({layer: packed.tensors[f"{layer}.bits"] for layer in packed.meta["layers"]})
 
 
 @dataclass(frozen=True, slots=True)

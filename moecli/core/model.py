@@ -18,6 +18,10 @@ DTYPE_BYTES: Mapping[str, float] = {
 }  # fmt: skip
 
 
+PlannedBits = Mapping[int, tuple[tuple[int, int], ...]]
+"""{layer: for each routed expert the bits of its gate and up projections, and of its down projection}"""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Dtype (torch's name without `torch.`) and shape of one tensor on disk."""
@@ -80,6 +84,11 @@ class ModelSketch:
 
     planned: int | None = None
     """Experts per layer that a `cluster/...` stage has decided on and no `merge/...` has applied yet."""
+
+    planned_bits: PlannedBits | None = None
+    """Bits that an `allocate/...` stage decides on and no `quantize/...` stage has applied yet. While it has not run:
+    some plan that its options allow, as large as they allow, so that sizes are right whichever it chooses.
+    """
 
     uneven: bool = False
     """Whether layers may keep different numbers of experts: then counts here are their mean."""

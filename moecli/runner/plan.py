@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moecli.core.artifacts import Artifact, CalibrationStats, Checkpoint, ExpertPlan
+from moecli.core.artifacts import Artifact, BitPlan, CalibrationStats, Checkpoint, ExpertPlan
 from moecli.core.errors import Diagnostic, MoecliError, Problem, RecipeError
 from moecli.core.model import ModelSketch
 from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
@@ -260,6 +260,8 @@ def _sketch_before(inputs: Mapping[str, int], steps: Sequence[Step], source: Mod
     made = {i: source if i == SOURCE else steps[i].sketch for i in inputs.values()}
     checkpoints = [i for i in inputs.values() if i == SOURCE or steps[i].writes_weights]
     sketch = made[checkpoints[0]] if checkpoints else next(iter(made.values()), source)
+    bits = next((made[i].planned_bits for i in inputs.values() if made[i].planned_bits), None)
+    sketch = replace(sketch, planned_bits=bits)
     plans = [made[i] for i in inputs.values() if i != SOURCE and made[i].planned]
     if not plans:
         return replace(sketch, planned=None)
@@ -291,7 +293,7 @@ def _on_source(step: Step, source: ModelSketch, source_key: str, steps: Sequence
 def _waits(step: Step, steps: Sequence[Step], wrong: Collection[int]) -> bool:
     """Whether the step carries out a plan that cannot be made: what it would find wrong only repeats that."""
     origins = [steps[index] for index in step.inputs.values() if index != SOURCE]
-    return any(o.position in wrong and issubclass(o.stage.output, ExpertPlan) for o in origins)
+    return any(o.position in wrong and issubclass(o.stage.output, ExpertPlan | BitPlan) for o in origins)
 
 
 def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterator[Diagnostic]:
@@ -304,16 +306,20 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterat
         return
     facts = step.sketch.facts
     for name, index in step.inputs.items():
-        if index == SOURCE or not issubclass(step.stage.inputs[name].type, CalibrationStats | ExpertPlan):
+        kind = step.stage.inputs[name].type
+        if index == SOURCE or not issubclass(kind, CalibrationStats | ExpertPlan | BitPlan):
             continue
-        seen = steps[index].sketch.facts
-        merged_by_plan = issubclass(steps[index].stage.output, ExpertPlan) and facts.router_rows == seen.router_rows
-        if seen.router_rows != facts.router_rows and not merged_by_plan:
+        seen, made = steps[index].sketch.facts, steps[index].stage.output
+        here, there, again = facts.router_rows, seen.router_rows, "calibrate/statistics"
+        if issubclass(made, ExpertPlan):
+            again = "cluster/..."
+        elif issubclass(made, BitPlan):
+            here, there, again = facts.experts, seen.experts, "allocate/..."
+        if here != there:
             place = recipe.located.place(f"stages.{step.position}.run")
             line = f" above line {place.line}" if place else ""
-            again = "cluster/..." if issubclass(steps[index].stage.output, ExpertPlan) else "calibrate/statistics"
             yield Diagnostic(
-                f"`{name}` comes from a model with {seen.router_rows} experts, the model here has {facts.router_rows}",
+                f"`{name}` comes from a model with {there} experts, the model here has {here}",
                 place, f"add a `{again}` stage{line}",
             )  # fmt: skip
 

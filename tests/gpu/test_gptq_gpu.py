@@ -28,7 +28,7 @@ def test_the_stage_gives_on_the_device_what_it_gives_on_the_cpu(checkpoint, tmp_
     for device in ("cpu", "cuda"):
         ctx = HandContext(tmp_path / "stages" / "quantize-gptq" / device)
         ctx.device = torch.device(device)
-        gptq(Gptq(group_size=8), text, model, ctx)
+        gptq(Gptq(group_size=8), text, model, None, ctx)
         found[device] = DenseView(ctx.finish(model))
     family, layer = family_of(model.config), model.facts.moe_layers[0]
     for expert in range(model.facts.experts):

@@ -23,7 +23,7 @@ def text_for(model, samples=6, tokens=24, seed=0):
 
 def quantized(model, ctx, text=None, **options):
     opt = Gptq(group_size=8, **options)
-    gptq(opt, text or text_for(model), model, ctx)
+    gptq(opt, text or text_for(model), model, None, ctx)
     return ctx.finish(model), opt
 
 
@@ -112,7 +112,7 @@ def test_the_output_is_closer_than_that_of_rounding(checkpoint, context):
         wanted = adapter.load_model(model, "cpu", torch.float32)(ids).logits
         by_gptq, _ = quantized(model, context("gptq"), text, bits=3)
         ctx = context("rtn")
-        rtn(Rtn(bits=3, group_size=8), model, ctx)
+        rtn(Rtn(bits=3, group_size=8), model, None, ctx)
         found = [adapter.load_model(c, "cpu", torch.float32)(ids).logits for c in (by_gptq, ctx.finish(model))]
     errors = [(logits - wanted).norm() / wanted.norm() for logits in found]
     assert errors[0] < 0.95 * errors[1]
@@ -188,9 +188,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(checkpoint, context):
 
     ctx.part = cut
     with pytest.raises(KeyboardInterrupt):
-        gptq(Gptq(group_size=8), text, model, ctx)
+        gptq(Gptq(group_size=8), text, model, None, ctx)
     ctx.part = part
-    gptq(Gptq(group_size=8), text, model, ctx)
+    gptq(Gptq(group_size=8), text, model, None, ctx)
     again = ctx.finish(model)
     assert set(whole.names()) == set(again.names())
     for name in whole.names():

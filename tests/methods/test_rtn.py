@@ -14,7 +14,7 @@ from moecli.runner.open import sketch_of
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_linear_but_routers_and_head_is_packed(model_type, checkpoint, context):
     model, ctx = checkpoint(model_type), context()
-    rtn(Rtn(bits=4, group_size=8), model, ctx)
+    rtn(Rtn(bits=4, group_size=8), model, None, ctx)
     packed = ctx.finish(model)
     for linear in linears_of(model.config, sketch_of(model).specs):
         assert is_packed(packed, linear.name) == (linear.role not in ("router", "head")), linear
@@ -22,7 +22,7 @@ def test_every_linear_but_routers_and_head_is_packed(model_type, checkpoint, con
 
 def test_routers_are_ignored_under_both_their_names(checkpoint, context):
     model, ctx = checkpoint("phimoe"), context()
-    rtn(Rtn(bits=4, group_size=16), model, ctx)
+    rtn(Rtn(bits=4, group_size=16), model, None, ctx)
     ignored = ctx.finish(model).config["quantization_config"]["ignore"]
     gates = ["model.layers.0.block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate"]
     assert ignored == ["lm_head", *gates, "model.layers.0.mlp.router", "model.layers.1.mlp.router"]
@@ -30,7 +30,7 @@ def test_routers_are_ignored_under_both_their_names(checkpoint, context):
 
 def test_the_dense_view_is_within_half_a_step_of_the_source(checkpoint, context):
     model, ctx = checkpoint(), context()
-    rtn(Rtn(bits=8, group_size=16), model, ctx)
+    rtn(Rtn(bits=8, group_size=16), model, None, ctx)
     packed = ctx.finish(model)
     dense = DenseView(packed)
     for linear in linears_of(model.config, sketch_of(model).specs):
@@ -45,7 +45,7 @@ def test_compressed_tensors_unpacks_the_same_codes(checkpoint, context):
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     model, ctx = checkpoint(), context()
-    rtn(Rtn(bits=4, group_size=16), model, ctx)
+    rtn(Rtn(bits=4, group_size=16), model, None, ctx)
     packed = ctx.finish(model)
     name = next(linear.name for linear in linears_of(model.config, sketch_of(model).specs) if linear.role == "expert")
     shape = torch.Size(packed.get(f"{name}_shape").tolist())
@@ -67,7 +67,7 @@ def test_stacked_experts_are_rounded_along_their_inputs(model_type, experts_at_o
     model, ctx = checkpoint(model_type), context()
     # gate and up: 64 inputs and 64 outputs
     monkeypatch.setattr("moecli.methods.quantize.rtn.BATCH_ELEMENTS", experts_at_once * 64 * 64)
-    rtn(Rtn(bits=4, group_size=16), model, ctx)
+    rtn(Rtn(bits=4, group_size=16), model, None, ctx)
     packed = ctx.finish(model)
     before, after = (family_of(model.config).read_experts(c, 1) for c in (model, DenseView(packed)))
     for expert in range(8):

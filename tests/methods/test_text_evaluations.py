@@ -191,7 +191,7 @@ def test_information_capacity_is_its_formula(checkpoint, context, texts):
 
 def test_packed_weights_cost_bytes_and_no_operations(checkpoint, context, texts):
     model, ctx = checkpoint(), context("rtn")
-    rtn(Rtn(bits=4, group_size=16), model, ctx)
+    rtn(Rtn(bits=4, group_size=16), model, None, ctx)
     packed = ctx.finish(model)
     before, after = decode_bytes(model), decode_bytes(packed)
     experts = sum(packed.spec(name).bytes for name in packed.names() if ".experts." in name)

@@ -2,24 +2,27 @@
 
 Written as compressed-tensors `pack-quantized`, symmetric, one scale per group of inputs; experts that one tensor a
 layer holds (granitemoe, gpt_oss) in the stacked form of `io.formats`, which loads as `export: compact`. Routers, gates
-of shared experts, embeddings and the head stay as they are. All routed experts have one width: mixed ones load
-wrongly in transformers without a word.
+of shared experts, embeddings and the head stay as they are. All routed experts have the same bits, unless a stage above
+(`allocate/...`) gives each its own: such a mix is exported as `compact`, for stock transformers would read it wrongly
+without a word. Experts that share a tensor must have the same bits.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from moecli.core.artifacts import Checkpoint
+from moecli.core.context import Context
 from moecli.core.errors import MoecliError, Problem
-from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
+from moecli.core.model import ModelFacts, ModelSketch, PlannedBits, TensorSpec
 from moecli.core.stage import Options
 from moecli.families import Linear, family_of, linears_of
 from moecli.io.formats import Group, packed_specs, quantization_config
+from moecli.ops.pack import INT_BITS
 
 Bits = Literal[2, 3, 4, 8]
 KEPT = 16
@@ -30,7 +33,8 @@ class Quantize(Options):
     """Options of a quantizing method."""
 
     bits: Bits = 4
-    """Bits per weight of the routed experts, and of everything that has no own number below. vLLM runs 4 and 8."""
+    """Bits per weight of the routed experts, unless a plan (`allocate/...`) gives each its own, and of everything that
+    has no own number below. vLLM runs 4 and 8."""
     attention_bits: Literal[2, 3, 4, 8, 16] | None = None
     """Bits of attention and of dense layers; 16 leaves them as they are, nothing: as `bits`."""
     shared_bits: Literal[2, 3, 4, 8, 16] | None = None
@@ -60,43 +64,119 @@ class Quantize(Options):
             yield Problem("group_size", message, hint=f"write `group_size: {fits[0]}`" if fits else None)
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
+        work = Packing(self, model.config, model.specs, model.planned_bits)
         specs = dict(model.specs)
-        for linear in targets(self, model.config, specs):
+        for linear in work.targets:
             spec = specs.pop(linear.name)
-            specs |= packed_specs(linear.name, spec, self.of_role(linear.role), self.group_size, linear.transposed)
-        return replace(model, specs=specs, facts=replace(model.facts, quantized="compressed-tensors"))
+            specs |= packed_specs(linear.name, spec, work.bits[linear.name], self.group_size, linear.transposed)
+        facts = replace(model.facts, quantized="compressed-tensors")
+        return replace(model, specs=specs, config=work.config(), facts=facts, planned_bits=None)
 
 
-def targets(opt: Quantize, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[Linear]:
-    """The weights that are quantized. MoecliError when `group_size` does not divide the inputs of one."""
-    found = [linear for linear in linears_of(config, specs) if opt.of_role(linear.role) != KEPT]
-    for linear in found:
-        width = specs[linear.name].shape[-2 if linear.transposed else -1]
-        if width % opt.group_size:
-            raise MoecliError(
-                f"`group_size` {opt.group_size} does not divide the input width {width} of `{linear.name}`",
-                hint="write `group_size: 32`" if width % 32 == 0 else None,
-            )
+class Packing:
+    """Which weights of a model are quantized, and to how many bits.
+
+    MoecliError when `group_size` does not divide the inputs of one, for a plan of another model, and for a plan that
+    gives experts in one tensor different bits.
+    """
+
+    def __init__(
+        self, opt: Quantize, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], plan: PlannedBits | None
+    ) -> None:
+        self._opt, self._config, self._specs, self._plan = opt, config, specs, plan
+        self._linears = linears_of(config, specs)
+        self.bits = {linear.name: opt.of_role(linear.role) for linear in self._linears}
+        """Of every weight that multiplies, by on-disk name; KEPT where it stays."""
+        if plan and specs:
+            self.bits |= _planned(plan, config, specs)
+        self.targets = [linear for linear in self._linears if self.bits[linear.name] != KEPT]
+        """The weights that are quantized."""
+        for linear in self.targets:
+            width = specs[linear.name].shape[-2 if linear.transposed else -1]
+            if width % opt.group_size:
+                raise MoecliError(
+                    f"`group_size` {opt.group_size} does not divide the input width {width} of `{linear.name}`",
+                    hint="write `group_size: 32`" if width % 32 == 0 else None,
+                )
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the quantized model: one scheme, and a group of exact names for each other number of bits.
+
+        The one scheme is that of most experts: it is where transformers looks for all of them.
+        """
+        opt, bits = self._opt, self.bits
+        left = [linear for linear in self._linears if bits[linear.name] == KEPT]
+        family = family_of(self._config)
+        # The plain target `Linear` matches modules. A tied head has no tensor on disk, and some routers are linears
+        # of another name in memory (phimoe).
+        routers = [family.router_module(linear.layer) for linear in left if linear.role == "router"]
+        ignored = dict.fromkeys([*(_module(linear) for linear in left), *routers, "lm_head"])
+        of_experts = Counter(bits[linear.name] for linear in self._linears if linear.role == "expert")
+        most = of_experts.most_common(1)[0][0] if of_experts else opt.bits
+        groups = [
+            Group(tuple(_module(x) for x in self._linears if bits[x.name] == other), other, opt.group_size)
+            for other in sorted(set(bits.values()) - {most, KEPT})
+        ]
+        packed = quantization_config(most, opt.group_size, list(ignored), groups)
+        return dict(self._config) | {"quantization_config": packed}
+
+    def report(self, ctx: Context) -> None:
+        """How many routed experts got how many bits, where a plan decided; their bytes with and without scales."""
+        if self._plan is None:
+            return
+        pairs = {layer: Counter(map(_words, pairs)) for layer, pairs in self._plan.items()}
+        total = sum(pairs.values(), Counter())
+        experts = [linear for linear in self._linears if linear.role == "expert"]
+        weights = sum(self._specs[x.name].numel for x in experts)
+        plain = sum(self._specs[x.name].numel * self.bits[x.name] for x in experts)
+        stored = sum(
+            spec.bytes
+            for x in experts
+            for spec in packed_specs(
+                x.name, self._specs[x.name], self.bits[x.name], self._opt.group_size, x.transposed
+            ).values()
+        )
+        ctx.record("bits", {str(layer): dict(sorted(counts.items())) for layer, counts in pairs.items()})
+        words = ", ".join(f"{count} have {bits}" for bits, count in sorted(total.items()))
+        ctx.note(
+            f"bits of {total.total()} routed experts: {words}; {plain / weights:.3f} a weight, "
+            f"{8 * stored / weights:.3f} as stored with their scales"
+        )
+
+
+def _words(pair: tuple[int, int]) -> str:
+    """`3`, or `2 and 4` where the down projection has bits of its own."""
+    return " and ".join(dict.fromkeys(map(str, pair)))
+
+
+def _planned(plan: PlannedBits, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Bits of the routed experts' weights by on-disk name."""
+    family = family_of(config)
+    layers, found = family.facts.moe_layers, dict[str, int]()
+    if set(plan) != set(layers):
+        message = f"the plan is for {len(plan)} layers with experts, the model has {len(layers)}"
+        raise MoecliError(message, hint=_AGAIN)
+    for layer in layers:
+        pairs, experts, form = plan[layer], family.experts_in(layer), family.layout(specs, layer)
+        if len(pairs) != experts:
+            message = f"the plan is for {len(pairs)} experts, the model has {experts}"
+            raise MoecliError(message, where=f"layer {layer}", hint=_AGAIN)
+        if unknown := sorted({bits for pair in pairs for bits in pair} - set(INT_BITS)):
+            message = f"there is no packed form of {unknown[0]} bits, only of {', '.join(map(str, INT_BITS))}"
+            raise MoecliError(message, where=f"layer {layer}")
+        inner = 1 if form.names_of(0) == form.names_of(1) else 2  # one tensor for gates and ups, or two
+        for expert, (inward, outward) in enumerate(pairs):
+            names = form.names_of(expert)[: inner + 1]
+            for name, bits in zip(names, [*[inward] * inner, outward], strict=True):
+                if found.setdefault(name, bits) != bits:
+                    raise MoecliError(
+                        f"`{name}` holds all experts of the layer, which the plan gives {found[name]} and {bits} bits",
+                        where=f"layer {layer}", hint="allocate with `servable: vllm`: one number of bits a layer",
+                    )  # fmt: skip
     return found
 
 
-def packed_config(opt: Quantize, model: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """config.json of the quantized model: one scheme, and a group of exact names for each other number of bits."""
-    linears = list(linears_of(model.config, specs))
-    left = [linear for linear in linears if opt.of_role(linear.role) == KEPT]
-    family = family_of(model.config)
-    # The plain target `Linear` matches modules. A tied head has no tensor on disk, and some routers are linears
-    # of another name in memory (phimoe).
-    routers = [family.router_module(linear.layer) for linear in left if linear.role == "router"]
-    ignored = dict.fromkeys([*(_module(linear) for linear in left), *routers, "lm_head"])
-    others = sorted({opt.of_role(linear.role) for linear in linears} - {opt.bits, KEPT})
-    groups = [
-        Group(tuple(_module(x) for x in linears if opt.of_role(x.role) == bits), bits, opt.group_size)
-        for bits in others
-    ]
-    return dict(model.config) | {
-        "quantization_config": quantization_config(opt.bits, opt.group_size, list(ignored), groups)
-    }
+_AGAIN = "put the `allocate/...` stage below the stages that change experts"
 
 
 def _module(linear: Linear) -> str:

@@ -18,6 +18,9 @@ is never zeroed and never silently rounded. With n tokens, C inputs, m = C / 4, 
 For down projections the layer's mean is over the inputs of all experts' down projections. Counts of each class are in
 the report, as `classes` by layer.
 
+With an `allocate/...` stage above, each routed expert has the bits that it decided; experts of a layer that have as
+many are rounded together.
+
 Source: arXiv 2210.17323. The ladder for experts with few tokens is ours. Columns whose input was always zero are
 rounded, where published code sets them to zero.
 
@@ -35,7 +38,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from moecli.core.artifacts import Artifact, CalibrationText, Checkpoint, LayerStats, Packed, PartWriter
+from moecli.core.artifacts import Artifact, BitPlan, CalibrationText, Checkpoint, LayerStats, Packed, PartWriter
 from moecli.core.context import Context
 from moecli.core.errors import StageFailed
 from moecli.core.stage import RunSetting, stage
@@ -45,7 +48,7 @@ from moecli.engine.linears import InputGrams
 from moecli.engine.sweep import SweptLayer, sweep
 from moecli.families import Linear, family_of
 from moecli.io.formats import packed_names, put_packed_stack, put_words
-from moecli.methods.quantize import Quantize, packed_config, targets
+from moecli.methods.quantize import Packing, Quantize
 from moecli.ops.gptq import DAMPS, factor, solve
 from moecli.ops.pack import dequantize, group_scale, pack_rows, unpack_rows
 
@@ -75,16 +78,15 @@ class Gptq(Quantize):
 
 
 @stage("quantize/gptq", version=1)
-def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, ctx: Context) -> Checkpoint:
-    specs = {name: model.spec(name) for name in model.names()}
-    chosen = targets(opt, model.config, specs)
+def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, plan: BitPlan | None, ctx: Context) -> Checkpoint:
+    packing = Packing(opt, model.config, {name: model.spec(name) for name in model.names()}, plan and plan.pairs())
     classes: dict[str, dict[str, int]] = {}
     held = [*_grams(opt, "in"), *_grams(opt, "out")]
     swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=held)
-    with ctx.writer(model, config=packed_config(opt, model, specs)) as out:
+    with ctx.writer(model, config=packing.config()) as out:
         for layer in swept:
             name = f"layer-{layer.index:03d}"
-            work = _Layer(opt, layer, [x for x in chosen if x.layer == layer.index], model)
+            work = _Layer(opt, layer, packing, model)
 
             def write(part: PartWriter, work: _Layer = work, name: str = name) -> None:
                 work.quantize(part)
@@ -101,6 +103,7 @@ def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, ctx: Context) -> C
     for line in swept.report():
         ctx.note(line)
     _report(classes, ctx)
+    packing.report(ctx)
     return out.checkpoint
 
 
@@ -146,8 +149,9 @@ class Hessians(NamedTuple):
 class _Layer:
     """One layer: its stacks, their Hessians, and what they become."""
 
-    def __init__(self, opt: Gptq, layer: SweptLayer, linears: Sequence[Linear], model: Checkpoint) -> None:
-        self._opt, self._layer, self._model = opt, layer, model
+    def __init__(self, opt: Gptq, layer: SweptLayer, packing: Packing, model: Checkpoint) -> None:
+        self._opt, self._layer, self._model, self._bits = opt, layer, model, packing.bits
+        linears = [linear for linear in packing.targets if linear.layer == layer.index]
         self._specs = {linear.name: model.spec(linear.name) for linear in linears}
         self._others = [linear for linear in linears if linear.role != "expert"]
         self._experts = _stacks([linear for linear in linears if linear.role == "expert"], model, layer.index)
@@ -210,34 +214,42 @@ class _Layer:
         return _ladder(total_ECC, weight_E, count_E, pool_CC)
 
     def _solve(self, part: PartWriter, stacks: Sequence[Stack], hessians: Hessians) -> None:
-        """Codes of stacks that share their Hessians, so many matrices at a time that SLAB_BYTES are not exceeded."""
+        """Codes of stacks that share their Hessians: matrices with as many bits together, so many at a time that
+        SLAB_BYTES are not exceeded."""
         weights = [self._weights(stack) for stack in stacks]
         count, _, columns = weights[0].shape
         rows = max(weight.shape[1] for weight in weights)
         shared = len(hessians.value_ECC) == 1
         step = max(1, SLAB_BYTES // (4 * (6 * columns * columns * (not shared) + 5 * rows * columns)))
         classes = [*hessians.classes] * (count if shared else 1)
-        coded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stacks]
         found = None
-        for start in range(0, count, step):
-            end = min(start + step, count)
-            if found is None or not shared:
-                some_ECC = hessians.value_ECC if shared else hessians.value_ECC[start:end]
-                found = factor(some_ECC, self._opt.damp, self._opt.act_order)
-                failed = (found.tries_E == len(DAMPS)).tolist() * (count if shared else 1)
-                classes[start : start + len(failed)] = [
-                    "rtn" if bad else old for bad, old in zip(failed, classes[start:], strict=False)
-                ]
-            bits = self._opt.of_role(stacks[0].linear.role)
-            for weight_ERC, pieces in zip(weights, coded, strict=True):
-                some_ERC = weight_ERC[start:end]
-                scale_ERG = group_scale(some_ERC, bits, self._opt.group_size, self._opt.shrink)
-                use = found if len(found.order_EC) == end - start else found.expanded(end - start)
-                pieces.append((solve(some_ERC, scale_ERG, use, bits).codes_ERC, scale_ERG))
-        for stack, pieces in zip(stacks, coded, strict=True):
-            codes_ERC, scale_ERG = (torch.cat(some) for some in zip(*pieces, strict=True))
-            self._put(part, stack, codes_ERC, scale_ERG)
-            self._counts.update(classes)
+        for bits, members in self._alike(stacks[0], count).items():
+            coded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stacks]
+            for some in (members[start : start + step] for start in range(0, len(members), step)):
+                if found is None or not shared:
+                    some_ECC = hessians.value_ECC if shared else _of(hessians.value_ECC, some)
+                    found = factor(some_ECC, self._opt.damp, self._opt.act_order)
+                    failed = (found.tries_E == len(DAMPS)).tolist() * (count if shared else 1)
+                    for bad, expert in zip(failed, range(count) if shared else some, strict=True):
+                        classes[expert] = "rtn" if bad else classes[expert]
+                for weight_ERC, pieces in zip(weights, coded, strict=True):
+                    some_ERC = _of(weight_ERC, some)
+                    scale_ERG = group_scale(some_ERC, bits, self._opt.group_size, self._opt.shrink)
+                    use = found if len(found.order_EC) == len(some) else found.expanded(len(some))
+                    pieces.append((solve(some_ERC, scale_ERG, use, bits).codes_ERC, scale_ERG))
+            for stack, pieces in zip(stacks, coded, strict=True):
+                codes_ERC, scale_ERG = (torch.cat(some) for some in zip(*pieces, strict=True))
+                self._put(part, stack, members, codes_ERC, scale_ERG)
+        self._counts.update(classes * len(stacks))
+
+    def _alike(self, stack: Stack, count: int) -> dict[int, Sequence[int]]:
+        """{bits: the matrices of a stack that get as many}; stacks that share their Hessians agree."""
+        if len(stack.names) == 1:
+            return {self._bits[stack.names[0]]: range(count)}
+        found: dict[int, list[int]] = {}
+        for index, name in enumerate(stack.names):
+            found.setdefault(self._bits[name], []).append(index)
+        return {bits: range(count) if len(some) == count else some for bits, some in found.items()}
 
     def _weights(self, stack: Stack) -> Tensor:
         """[E, R, C] on the device"""
@@ -246,8 +258,11 @@ class _Layer:
             return found[0].mT if stack.linear.transposed else found[0]
         return torch.stack(found)
 
-    def _put(self, part: PartWriter, stack: Stack, codes_ERC: Tensor, scale_ERG: Tensor) -> None:
-        bits, transposed = self._opt.of_role(stack.linear.role), stack.linear.transposed
+    def _put(
+        self, part: PartWriter, stack: Stack, members: Sequence[int], codes_ERC: Tensor, scale_ERG: Tensor
+    ) -> None:
+        """Write these members of a stack, all of them where it is one tensor."""
+        bits, transposed = self._bits[stack.names[members[0] if len(stack.names) > 1 else 0]], stack.linear.transposed
         words_ERW = pack_rows(codes_ERC, bits).cpu()
         scales = scale_ERG.cpu()
         dense_ERC = dequantize(codes_ERC, scale_ERG)
@@ -256,7 +271,8 @@ class _Layer:
             put_packed_stack(part, stack.names[0], words_ERW, scales, shape, bits, transposed)
             self.dense[stack.names[0]] = dense_ERC.mT if transposed else dense_ERC
             return
-        for name, words, scale, dense in zip(stack.names, words_ERW, scales, dense_ERC, strict=True):
+        names = [stack.names[member] for member in members]
+        for name, words, scale, dense in zip(names, words_ERW, scales, dense_ERC, strict=True):
             put_words(part, name, words, scale, codes_ERC.shape[1:], bits)
             self.dense[name] = dense
 
@@ -264,13 +280,20 @@ class _Layer:
         """The new values from what an earlier run has written."""
         stacks = [Stack([x.name], x) for x in self._others] + [s for some in self._experts.values() for s in some]
         for stack in stacks:
-            bits, transposed = self._opt.of_role(stack.linear.role), stack.linear.transposed
+            transposed = stack.linear.transposed
             for name in stack.names:
                 packed, scale, _ = packed_names(name)
                 shape = self._specs[stack.linear.name].shape
                 columns = shape[-2] if transposed else shape[-1]
-                dense = dequantize(unpack_rows(tensors[packed], bits, columns), tensors[scale])
+                dense = dequantize(unpack_rows(tensors[packed], self._bits[name], columns), tensors[scale])
                 self.dense[name] = dense.mT if transposed else dense
+
+
+def _of(value_EXX: Tensor, members: Sequence[int]) -> Tensor:
+    """These matrices: a view where they lie side by side, else a copy."""
+    if isinstance(members, range):
+        return value_EXX[members.start : members.stop]
+    return value_EXX[torch.tensor(members, device=value_EXX.device)]
 
 
 def _grams(opt: Gptq, projection: str) -> list[str]:
