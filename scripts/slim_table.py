@@ -26,6 +26,8 @@ def slim_rows() -> dict[str, Stages]:
     for ratio in RATIOS:
         for method in METHODS:
             for scope, widths in SCOPES.items():
+                if method == "random" and scope != "expert":
+                    continue  # the floor, of several seeds, once
                 for repair in ("none", "least_squares"):
                     options = {"ratio": ratio, "scope": scope, "widths": widths, "align": 1, "repair": repair}
                     name = f"{method}-{ratio}-{scope}" + ("-repair" if repair != "none" else "")
@@ -35,4 +37,11 @@ def slim_rows() -> dict[str, Stages]:
         rows[f"m-smoe-{ratio}-merge-moe-refit"] = [
             {"run": "cluster/m-smoe", "with": {"keep": keep}}, {"run": "merge/merge-moe"}, {"run": "router/refit"},
         ]  # fmt: skip
+        rows[f"naee-{ratio}"] = [{"run": "prune/naee", "with": {"keep": keep}}]
+    for ratio in (0.25, 0.5):  # widths that scales of 32 inputs divide
+        options = {"ratio": ratio, "scope": "expert", "widths": "uniform", "align": 32, "repair": "least_squares"}
+        slim = {"run": "slim/camera-p", "with": options}
+        rows[f"camera-p-{ratio}-aligned-repair"] = [slim]
+        gptq = {"run": "quantize/gptq", "with": {"bits": 4, "group_size": 32}}
+        rows[f"camera-p-{ratio}-aligned-repair-gptq-4"] = [slim, gptq]
     return rows
