@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OVERLAY = "overlay.json"
+SAVERS = 2
+"""Parts that are saved side by side: one waits for the disk while the other is hashed."""
+PINNED_BYTES = 64 << 20
+"""Page-locked memory is taken in pieces of this size: taking it is slow, taking what was given back is not."""
 
 
 class OverlayWriter(CheckpointWriter):
@@ -37,10 +41,10 @@ class OverlayWriter(CheckpointWriter):
 
     A part that the folder already holds is skipped and its callable not called, so the same program run
     again after a crash goes on where it stopped. Leaving the `with` block cleanly checks all parts together
-    and writes `overlay.json`, which names the parts that count. An exception leaves finished parts in
-    place. A part is saved while the next one is computed; what went wrong with it is raised by the next call, or at the
-    end of the block. Breaking the contract (a name written twice, a rename of what the parent does not have) is
-    ValueError: a bug in the method, not the user's doing.
+    and writes `overlay.json`, which names the parts that count. An exception leaves finished parts in place. Parts are
+    saved while the next ones are computed, at most `SAVERS` at a time; what went wrong with one is raised by a later
+    call, or at the end of the block. Breaking the contract (a name written twice, a rename of what the parent does not
+    have) is ValueError: a bug in the method, not the user's doing.
     """
 
     checkpoint: OverlayCheckpoint
@@ -50,8 +54,8 @@ class OverlayWriter(CheckpointWriter):
         self._parent = stored(parent)
         self._config = config
         self._parts: list[str] = []
-        self._saver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="overlay")
-        self._saving: Future[None] | None = None
+        self._saver = ThreadPoolExecutor(max_workers=SAVERS, thread_name_prefix="overlay")
+        self._saving: dict[str, Future[None]] = {}
 
     def __enter__(self) -> Self:
         with disk_errors(self.folder):
@@ -61,8 +65,8 @@ class OverlayWriter(CheckpointWriter):
 
     def has_part(self, name: str) -> bool:
         """Whether an earlier run finished this part: what only prepares for it can be left out."""
-        if self._parts[-1:] == [name]:
-            self._settle()
+        if name in self._saving:
+            self._saving.pop(name).result()
         record, tensors = self.folder / f"{name}.json", self.folder / f"{name}.safetensors"
         if not record.is_file():
             return False
@@ -81,15 +85,16 @@ class OverlayWriter(CheckpointWriter):
         if not self.has_part(name):
             part = _Part(self._parent)
             write(part)
-            self._settle()
-            self._saving = self._saver.submit(part.save, self.folder, name)
+            part.close()
+            self._settle(SAVERS - 1)
+            self._saving[name] = self._saver.submit(part.save, self.folder, name)
         self._parts.append(name)
 
-    def _settle(self) -> None:
-        """Wait for the part that is being saved, and raise what went wrong with it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+    def _settle(self, left: int = 0) -> None:
+        """Wait until at most so many parts are being saved, and raise what went wrong with the others."""
+        for name, saving in list(self._saving.items()):
+            if saving.done() or len(self._saving) > left:
+                self._saving.pop(name).result()
 
     def __exit__(self, *exc: object) -> None:
         self._saver.shutdown(wait=True)
@@ -111,13 +116,19 @@ class _Part(PartWriter):
         self._storages: set[int] = set()
         self._renames: dict[str, str] = {}
         self._drops: dict[str, str] = {}
+        self._pinned: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     def put(self, name: str, tensor: Tensor) -> None:
         """The tensor moves to the CPU; it is copied if it is a view of something bigger or shares its
         memory with another one. A tensor given in its own memory is kept as it is: do not change it before
-        the writer's block ends."""
+        the writer's block ends. From a CUDA device it is copied in the order of the current stream, without waiting.
+        """
         self._claim(name)
         spec_of(tensor)
+        if tensor.is_cuda:
+            self._tensors[name] = self._on_its_way(tensor.detach())
+            return
         own = tensor.detach().to("cpu").contiguous()
         storage = own.untyped_storage()
         if storage.nbytes() != own.nbytes or storage.data_ptr() in self._storages:
@@ -125,6 +136,23 @@ class _Part(PartWriter):
             storage = own.untyped_storage()
         self._storages.add(storage.data_ptr())
         self._tensors[name] = own
+
+    def _on_its_way(self, tensor: Tensor) -> Tensor:
+        """Page-locked memory that the tensor is being copied to."""
+        import torch
+
+        if self._pinned is None or len(self._pinned) < tensor.nbytes:
+            self._pinned = torch.empty(max(tensor.nbytes, PINNED_BYTES), dtype=torch.uint8, pin_memory=True)
+        size = -(-tensor.nbytes // 64) * 64
+        place, self._pinned = self._pinned[: tensor.nbytes], self._pinned[size:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+
+    def close(self) -> None:
+        """All tensors have been put; those on their way from a device are waited for by `save`."""
+        if self._pinned is not None:
+            import torch
+
+            self._arrived = torch.cuda.current_stream().record_event()
 
     def rename(self, name: str, parent_name: str) -> None:
         self._claim(name)
@@ -149,6 +177,8 @@ class _Part(PartWriter):
 
     def save(self, folder: Path, name: str) -> None:
         written = None
+        if self._arrived is not None:
+            self._arrived.synchronize()
         if self._tensors:
             specs = {tensor_name: spec_of(tensor) for tensor_name, tensor in self._tensors.items()}
             size, sha256 = write_tensors(folder / f"{name}.safetensors", specs, self._tensors.__getitem__)

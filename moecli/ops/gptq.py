@@ -1,13 +1,14 @@
 """GPTQ for a stack of matrices at once: codes whose error is smallest on the inputs, not on the weights.
 
-Letters: E experts, R output rows, C input columns, G groups along C, B columns of a block.
+Letters: E experts, R output rows, C input columns, G groups along C, B columns of a block, X and Y columns of halves.
 
 With H = sum over inputs of x x^T, damped, and U upper with H^-1 = U^T U, columns are rounded one by one and what a
 column loses is made good by the columns behind it:
 
     q_j = Q(w_j), err_j = (w_j - q_j) / U_jj, W[:, j+1:] -= err_j U[j, j+1:]
 
-Inside a block of columns that is `solve_block`, behind it one product for the block. Rows do not depend on each other.
+Inside a block of columns that is `solve_block`. Blocks are halves of halves: what a half of the columns loses is made
+good in the other half by one product. Rows do not depend on each other.
 
 Source: arXiv 2210.17323, algorithm 1, and quantize.md 1.1 and 1.5 of its published code. Differs from that code: group
 scales always come from the weights as they were (static groups), a column whose input was always zero is rounded where
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from moecli.ops.kernels import kernels
 
+LEAF = 32
+"""Columns that are rounded one by one between two products."""
 BLOCK = 128
-"""Columns between two products with what is behind them."""
+"""Columns that are factored in one piece."""
 DAMPS = (1.0, 10.0, 100.0)
 """Damping is tried at these multiples until H has a Cholesky factor."""
 
@@ -57,66 +60,111 @@ def factor(hessian_ECC: Tensor, damp: float = 0.01, act_order: bool = True) -> F
     """U with (H + damp * mean(diag H) * I)^-1 = U^T U, for columns by falling diagonal of H if `act_order`.
 
     H is symmetric, of any positive scale. Matrices that are not finite, or not positive definite at 100 times the
-    damping, get the identity, which makes GPTQ plain rounding; `tries_E` says so. float64 stays float64.
+    damping, get the identity, which makes GPTQ plain rounding; `tries_E` says so. float64 stays float64. Takes twice
+    the memory of H. Waits for the device once, and again for each further damping.
     """
     diagonal_EC = hessian_ECC.diagonal(dim1=-2, dim2=-1)
     order_EC = _order(diagonal_EC, act_order)
-    hessian = _permuted(hessian_ECC, order_EC)
-    sound_E = torch.isfinite(hessian).all(-1).all(-1) & (diagonal_EC.amax(-1) > 0)
-    identity_CC = torch.eye(hessian.shape[-1], device=hessian.device, dtype=hessian.dtype)
-    hessian = torch.where(sound_E[:, None, None], hessian, identity_CC)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    upper_ECC, worked_E = _attempt(hessian_ECC, order_EC, damp)
+    tries_E = torch.where(worked_E, 0, len(DAMPS))
+    bad = (~worked_E).nonzero().flatten()
+    for index, times in enumerate(DAMPS[1:], 1):
+        if not len(bad):
+            break
+        upper_ECC[bad], worked = _attempt(hessian_ECC[bad], order_EC[bad], times * damp)
+        tries_E[bad] = torch.where(worked, index, len(DAMPS))
+        bad = bad[~worked]
+    upper_ECC[bad] = torch.eye(upper_ECC.shape[-1], device=upper_ECC.device, dtype=upper_ECC.dtype)
+    return Factor(upper_ECC, order_EC, tries_E)
+
+
+def _attempt(hessian_ECC: Tensor, order_EC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """U at one damping, and whether it is any good."""
+    diagonal_EC = hessian_ECC.diagonal(dim1=-2, dim2=-1)
+    sound_E = torch.isfinite(hessian_ECC).flatten(1).all(-1) & (diagonal_EC.amax(-1) > 0)
+    damped_ECC = _permuted(hessian_ECC, order_EC)
+    diagonal = damped_ECC.diagonal(dim1=-2, dim2=-1)
     mean_E = diagonal.mean(-1)
     diagonal[diagonal == 0] = 1.0
-    tries_E = torch.where(sound_E, len(DAMPS), -1)
-    upper = identity_CC.expand_as(hessian).clone()
-    added = 0.0
-    for index, times in enumerate(DAMPS):
-        diagonal += ((times - added) * damp * mean_E)[:, None]
-        added = times
-        lower, info_E = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
-        worked_E = (info_E == 0) & (tries_E == len(DAMPS))
-        inverse = torch.linalg.solve_triangular(lower, identity_CC.expand_as(lower), upper=False).flip(-1, -2)
-        upper = torch.where(worked_E[:, None, None], inverse, upper)
-        tries_E = torch.where(worked_E, index, tries_E)
-        if bool((tries_E < len(DAMPS)).all()):
-            break
-    return Factor(upper, order_EC, torch.where(tries_E < 0, len(DAMPS), tries_E))
+    diagonal += (damp * mean_E)[:, None]
+    upper_ECC, worked_E = _inverse_factor(damped_ECC)
+    return upper_ECC, worked_E & sound_E
+
+
+def _inverse_factor(matrix_ECC: Tensor) -> tuple[Tensor, Tensor]:
+    """U, upper, with U^T U the inverse, and where it exists. `matrix_ECC` is used up.
+
+    M = V V^T with V upper, block of columns by block from the last one, and U = V^-1 beside it, so that all but blocks
+    on the diagonal are products of all matrices at once; torch's own routines for many large matrices reach a tenth
+    of their speed. V overwrites the upper half of M.
+    """
+    columns = matrix_ECC.shape[-1]
+    upper_ECC = torch.zeros_like(matrix_ECC)
+    worked_E = torch.ones(len(matrix_ECC), dtype=torch.bool, device=matrix_ECC.device)
+    for start in reversed(range(0, columns, BLOCK)):
+        end = min(start + BLOCK, columns)
+        beside_EBX = matrix_ECC[:, start:end, end:]
+        if end < columns:
+            matrix_ECC[:, :end, start:end].baddbmm_(matrix_ECC[:, :end, end:], beside_EBX.mT, alpha=-1)
+        lower_EBB, info_E = torch.linalg.cholesky_ex(matrix_ECC[:, start:end, start:end].flip(-1, -2))
+        identity_BB = torch.eye(end - start, device=lower_EBB.device, dtype=lower_EBB.dtype)
+        inverse = torch.linalg.solve_triangular(lower_EBB, identity_BB.expand_as(lower_EBB), upper=False)
+        inverse_EBB = inverse.flip(-1, -2)
+        worked_E &= info_E == 0
+        matrix_ECC[:, :start, start:end] = matrix_ECC[:, :start, start:end] @ inverse_EBB.mT
+        upper_ECC[:, start:end, start:end] = inverse_EBB
+        if end < columns:
+            upper_ECC[:, start:end, end:] = -inverse_EBB @ (beside_EBX @ upper_ECC[:, end:, end:])
+    return upper_ECC, worked_E & torch.isfinite(upper_ECC.diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
 def solve(weight_ERC: Tensor, scale_ERG: Tensor, found: Factor, bits: int) -> Solved:
     """Codes of `weight_ERC` for group scales that are given, in [-2^(b-1), 2^(b-1) - 1]."""
     columns = weight_ERC.shape[-1]
+    # Rows come last from here on: what a thread does for one row it does for its neighbours in memory as well.
+    left_ECR = _wide(weight_ERC).mT.contiguous().gather(1, _columns(found.order_EC, weight_ERC))
+    scale_EGR = scale_ERG.mT.to(left_ECR.dtype).contiguous()
     group_EC = found.order_EC // (columns // scale_ERG.shape[-1])
-    left = _wide(weight_ERC).gather(-1, _rows(found.order_EC, weight_ERC))
-    scale = scale_ERG.to(left.dtype)
-    codes = torch.empty(left.shape, dtype=torch.int8, device=left.device)
-    loss_E = left.new_zeros(len(left))
-    fast = kernels("gptq", left)
+    codes_ECR = torch.empty(left_ECR.shape, dtype=torch.int8, device=left_ECR.device)
+    fast = kernels("gptq", left_ECR) if left_ECR.dtype == torch.float32 else None
     block = fast.solve_block if fast is not None else solve_block
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        scale_ERB = scale.gather(-1, _rows(group_EC[:, start:end], scale))
-        upper_EBB = found.upper_ECC[:, start:end, start:end].contiguous()
-        codes_ERB, error_ERB = block(left[..., start:end].contiguous(), upper_EBB, scale_ERB, bits)
-        codes[..., start:end] = codes_ERB
-        loss_E += error_ERB.square().sum((-2, -1)) / 2
-        left[..., end:] -= error_ERB @ found.upper_ECC[:, start:end, end:]
-    inverse_EC = found.order_EC.argsort(-1)
-    return Solved(codes.gather(-1, _rows(inverse_EC, codes)), loss_E)
+
+    def some(start: int, end: int) -> None:
+        """Codes of these columns; what they lose takes their place in `left_ECR`."""
+        if end - start <= LEAF:
+            here = slice(start, end)
+            block(
+                left_ECR[:, here],
+                found.upper_ECC[:, here, here],
+                scale_EGR,
+                group_EC[:, here],
+                codes_ECR[:, here],
+                bits,
+            )
+            return
+        middle = start + -(-(end - start) // (2 * LEAF)) * LEAF
+        some(start, middle)
+        upper_EXY = found.upper_ECC[:, start:middle, middle:end]
+        left_ECR[:, middle:end].baddbmm_(upper_EXY.mT, left_ECR[:, start:middle], alpha=-1)
+        some(middle, end)
+
+    some(0, columns)
+    loss_E = torch.linalg.vector_norm(left_ECR.flatten(1), dim=-1).square() / 2
+    codes_ECR = codes_ECR.gather(1, _columns(found.order_EC.argsort(-1), weight_ERC))
+    return Solved(codes_ECR.mT.contiguous(), loss_E)
 
 
-def solve_block(weight_ERB: Tensor, upper_EBB: Tensor, scale_ERB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [E, R, B] of one block of columns, and the errors [E, R, B] that columns behind it make good."""
-    left, low, high = weight_ERB.clone(), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    codes, errors = torch.empty_like(left, dtype=torch.int8), torch.empty_like(left)
-    for j in range(left.shape[-1]):
-        scale_ER = scale_ERB[..., j]
-        code_ER = (left[..., j] / scale_ER).round().clamp(low, high)
-        error_ER = (left[..., j] - code_ER * scale_ER) / upper_EBB[:, j, j, None]
-        left[..., j + 1 :] -= error_ER[..., None] * upper_EBB[:, None, j, j + 1 :]
-        codes[..., j], errors[..., j] = code_ER.to(torch.int8), error_ER
-    return codes, errors
+def solve_block(
+    left_EBR: Tensor, upper_EBB: Tensor, scale_EGR: Tensor, group_EB: Tensor, codes_EBR: Tensor, bits: int
+) -> None:
+    """Writes the codes of one block of columns; `left_EBR` becomes the errors that columns behind it make good."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scale_EBR = scale_EGR.gather(1, group_EB[..., None].expand(*group_EB.shape, scale_EGR.shape[-1]))
+    for j in range(left_EBR.shape[1]):
+        code_ER = (left_EBR[:, j] / scale_EBR[:, j]).round().clamp(low, high)
+        error_ER = (left_EBR[:, j] - code_ER * scale_EBR[:, j]) / upper_EBB[:, j, j, None]
+        left_EBR[:, j + 1 :] -= upper_EBB[:, j, j + 1 :, None] * error_ER[:, None]
+        codes_EBR[:, j], left_EBR[:, j] = code_ER.to(torch.int8), error_ER
 
 
 def _order(diagonal_EC: Tensor, act_order: bool) -> Tensor:
@@ -127,8 +175,8 @@ def _order(diagonal_EC: Tensor, act_order: bool) -> Tensor:
 
 def _permuted(hessian_ECC: Tensor, order_EC: Tensor) -> Tensor:
     """Both axes in this order; a copy."""
-    rows = _wide(hessian_ECC).gather(-2, order_EC[..., None].expand_as(hessian_ECC))
-    return rows.gather(-1, order_EC[:, None].expand_as(rows))
+    each = torch.arange(len(order_EC), device=order_EC.device)[:, None, None]
+    return _wide(hessian_ECC[each, order_EC[:, :, None], order_EC[:, None]])
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -136,6 +184,6 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _rows(index_EC: Tensor, like_ERX: Tensor) -> Tensor:
-    """The index for each of R rows."""
-    return index_EC[:, None].expand(-1, like_ERX.shape[1], -1)
+def _columns(index_EC: Tensor, like_ERC: Tensor) -> Tensor:
+    """The index for each of R rows, rows last."""
+    return index_EC[..., None].expand(-1, -1, like_ERC.shape[1])

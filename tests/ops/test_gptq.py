@@ -62,6 +62,19 @@ def test_the_factor_is_that_of_the_damped_inverse():
     assert found.tries_E.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("columns", [24, 128, 300])
+@pytest.mark.parametrize("tokens", [1, 4, 2000])
+def test_factors_in_one_piece_and_in_several_are_those_of_float64(columns, tokens):
+    """With one direction far above all others too: there errors grow most."""
+    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(columns)) + 3.0
+    x[1] *= torch.logspace(-2, 2, columns)
+    found = factor(x.mT @ x)
+    for upper, order, h in zip(*found[:2], (x.mT @ x).double(), strict=True):
+        damped = h[order][:, order] + 0.01 * h.diagonal().mean() * torch.eye(columns)
+        wanted = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+        assert (upper.double() - wanted).norm() < 1e-3 * wanted.norm()
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_error_on_the_inputs_is_smaller_than_that_of_rounding(bits):
     weight, x, hessian = inputs(7)

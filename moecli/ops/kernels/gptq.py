@@ -1,43 +1,47 @@
-"""Triton twin of `moecli.ops.gptq.solve_block`: all experts and row tiles in one launch, a tile held in registers."""
+"""Triton twin of `moecli.ops.gptq.solve_block`: all experts and rows in one launch.
+
+A program is one warp and holds all columns of the block for its rows, a thread whole rows of it: which column is next
+is known when the code is made, so taking it out of the tile costs nothing and no thread waits for another one.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 16
+_ROWS = 128
 """Rows one program holds; rows do not depend on each other, so any number is exact."""
 
 
 @triton.jit
 def _solve_block(
-    weight, upper, scale, codes, errors, R,
-    width: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    left, upper, scale, group, codes, R, left_e, upper_e, upper_b, scale_e, group_e, codes_e,
+    WIDTH: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     row = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    inside = (row < R)[:, None] & (column < width)[None, :]
-    place = expert * R * width + row[:, None] * width + column[None, :]
-    left = tl.load(weight + place, mask=inside, other=0.0)
-    scales = tl.load(scale + place, mask=inside, other=1.0)
-    found = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    wrong = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for j in range(width):
-        here = (column == j)[None, :]
-        u = tl.load(upper + expert * width * width + j * width + column, mask=column < width, other=0.0)
-        step = tl.sum(tl.where(here, scales, 0.0), axis=1)
-        value = tl.sum(tl.where(here, left, 0.0), axis=1)
+    inside = row < R
+    left += expert * left_e
+    upper += expert * upper_e
+    scale += expert * scale_e
+    group += expert * group_e
+    codes += expert * codes_e
+    held = tl.load(
+        left + column[:, None] * R + row[None, :], mask=(column < WIDTH)[:, None] & inside[None, :], other=0.0
+    )
+    for j in tl.static_range(WIDTH):
+        step = tl.load(scale + tl.load(group + j) * R + row, mask=inside, other=1.0)
+        # Of integers all but one are zero: their sum is the one, whatever its bits stand for.
+        bits = tl.where((column == j)[:, None], held.to(tl.int32, bitcast=True), 0)
+        value = tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
         code = tl.minimum(tl.maximum(_round_half_even(_div(value, step)), LOW), HIGH)
-        pivot = tl.sum(tl.where(column == j, u, 0.0), axis=0)
-        error = _div(value - code * step, pivot)
-        left -= error[:, None] * tl.where(column > j, u, 0.0)[None, :]
-        found = tl.where(here, code[:, None], found)
-        wrong = tl.where(here, error[:, None], wrong)
-    tl.store(codes + place, found.to(tl.int8), mask=inside)
-    tl.store(errors + place, wrong, mask=inside)
+        error = _div(value - code * step, tl.load(upper + j * upper_b + j))
+        u = tl.load(upper + j * upper_b + column, mask=column < WIDTH, other=0.0)
+        held = tl.where((column > j)[:, None], held - u[:, None] * error[None, :], held)
+        tl.store(codes + j * R + row, code.to(tl.int8), mask=inside)
+        tl.store(left + j * R + row, error, mask=inside)
 
 
 @triton.jit
@@ -53,14 +57,13 @@ def _round_half_even(value):
     return (value + magic) - magic
 
 
-def solve_block(weight_ERB: Tensor, upper_EBB: Tensor, scale_ERB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    experts, rows, width = weight_ERB.shape
-    weight, upper, scale = (t.contiguous() for t in (weight_ERB, upper_EBB, scale_ERB))
-    codes, errors = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
-    grid = (triton.cdiv(rows, _ROWS), experts)
-    columns = triton.next_power_of_2(width)
-    _solve_block[grid](
-        weight, upper, scale, codes, errors, rows,
-        width, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, _ROWS, columns, num_warps=4,
+def solve_block(
+    left_EBR: Tensor, upper_EBB: Tensor, scale_EGR: Tensor, group_EB: Tensor, codes_EBR: Tensor, bits: int
+) -> None:
+    experts, width, rows = left_EBR.shape
+    _solve_block[(triton.cdiv(rows, _ROWS), experts)](
+        left_EBR, upper_EBB, scale_EGR, group_EB, codes_EBR, rows,
+        left_EBR.stride(0), upper_EBB.stride(0), upper_EBB.stride(1), scale_EGR.stride(0), group_EB.stride(0),
+        codes_EBR.stride(0), width, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, _ROWS,
+        triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
-    return codes, errors
