@@ -22,7 +22,7 @@ from moecli.runner.open import open_recipe
 
 VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"]}
 OVERRIDES = {
-    **{name: {"align": 8} for name in lookup.names() if name.startswith("slim/")},
+    **{n: {"align": 8} for n in lookup.names() if "align" in lookup.find(n).options.model_fields},
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "quantize/gptq": {"group_size": 16},
