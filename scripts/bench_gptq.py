@@ -80,14 +80,20 @@ def main() -> None:
         run(opt, text, source, root / "warm", args.device)
         layer = run(opt, text, source, root / "plain", args.device)
         print(f"a layer, all of it: {layer:.3f} s; 48 layers: {48 * layer:.1f} s; peak {bench.peak() / 2**30:.1f} GiB")
+        if args.depth:
+            deep = Repeated(root / "model", args.depth)
+            bench.reset_peak()
+            start = time.perf_counter()
+            layer = run(opt, text, deep, root / "deep", args.device)
+            taken = time.perf_counter() - start
+            size = sum(file.stat().st_size for file in (root / "deep").iterdir())
+            print(
+                f"{args.depth} layers of the files of {args.layers}, really run: {taken:.1f} s, {layer:.3f} s a layer, "
+                f"{size / 1e9:.2f} GB written, peak {bench.peak() / 2**30:.1f} GiB", flush=True
+            )  # fmt: skip
         parts = timed(bench)
         run(opt, text, source, root / "parts", args.device)
         table(parts, floors(shape, ids.numel(), args.length, dtype, matrix, exact, copy), args.layers)
-        if args.depth:
-            deep = Repeated(root / "model", args.depth)
-            start = time.perf_counter()
-            run(opt, text, deep, root / "deep", args.device)
-            print(f"{args.depth} layers, really run: {time.perf_counter() - start:.1f} s")
 
 
 def run(opt: module.Gptq, text: CalibrationText, source: Checkpoint, folder: Path, device: str) -> float:
@@ -131,10 +137,12 @@ def floors(
 ) -> dict[str, float]:
     """Seconds of a layer at the measured rates."""
     forward = shape.layer_flops(tokens, length) / matrix
-    attention = shape.head_dim * (shape.heads + shape.kv_heads)
-    grams = shape.gram_flops(tokens, pooled=2) / matrix
-    cubes = shape.experts * (shape.hidden**3 + shape.width**3) + 2 * shape.hidden**3 + attention**3
-    squares = 3 * shape.experts * shape.width * shape.hidden * (2 * shape.hidden + shape.width) / 3
+    inner = shape.head_dim * shape.heads
+    grams = (shape.gram_flops(tokens, pooled=2) + tokens * inner**2) / matrix
+    cubes = shape.experts * (shape.hidden**3 + shape.width**3) + shape.hidden**3 + inner**3
+    queries = inner + 2 * shape.head_dim * shape.kv_heads
+    squares = shape.experts * shape.width * shape.hidden * (2 * shape.hidden + shape.width)
+    squares += queries * shape.hidden**2 + shape.hidden * inner**2
     weights = 3 * shape.experts * shape.width * shape.hidden
     item = torch.empty(0, dtype=dtype).element_size()
     return {

@@ -105,11 +105,14 @@ class Loader:
 
     def put(self, index: int, values: Mapping[str, Tensor]) -> None:
         """New values for weights of a layer that is loaded, by their on-disk names, each of its old shape."""
+        if not values:
+            return
         slots = {name: self._slot(index, name) for name in values}
         if all(slots.values()):
-            with torch.no_grad():
-                for name, slot in slots.items():
-                    slot.of(self._model.get_parameter_or_buffer(slot.target)).copy_(values[name])
+            targets = {slot.target for slot in slots.values()}
+            held = {target: self._model.get_parameter_or_buffer(target) for target in targets}
+            with torch.no_grad():  # one call for all: a layer may have hundreds of them
+                torch._foreach_copy_([slot.of(held[slot.target]) for slot in slots.values()], list(values.values()))
             return
         adapter.load_layer(self._model, _Changed(self._checkpoint, values), self._names, index, self._device)
 

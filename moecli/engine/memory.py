@@ -126,6 +126,11 @@ def choose(sizes: Sizes, on_device: int | None, in_memory: int) -> Plan:
     return Plan(home, max(1, min(sizes.batch, room // sizes.sequence)), ahead, sizes.states, sizes.statistics)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What is free on a device, or may be had without asking anyone."""
+    return _free_on_device(device) if device.type == "cuda" else _free_in_memory()
+
+
 def _free_on_device(device: torch.device) -> int:
     """Free to the driver, and what torch holds without using it."""
     free, _ = torch.cuda.mem_get_info(device)

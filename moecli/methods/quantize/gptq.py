@@ -45,6 +45,7 @@ from moecli.core.stage import RunSetting, stage
 from moecli.engine.collectors import collectors
 from moecli.engine.data import batches_of
 from moecli.engine.linears import InputGrams
+from moecli.engine.memory import free_bytes
 from moecli.engine.sweep import SweptLayer, sweep
 from moecli.families import Linear, family_of
 from moecli.io.formats import packed_names, put_packed_stack, put_words
@@ -56,8 +57,8 @@ FEW = 32
 """Tokens below which an expert's own Hessian says nothing."""
 ENOUGH = 256
 """Tokens from which on it is used alone, if they are a quarter of the inputs too."""
-SLAB_BYTES = 4 << 30
-"""fp32 matrices of experts held at a time: weights, Hessians and their factors."""
+SLAB_BYTES = 8 << 30
+"""Held for the experts that are solved together, at most: weights in fp32, damped Hessians and their factors."""
 
 
 class Gptq(Quantize):
@@ -215,12 +216,14 @@ class _Layer:
 
     def _solve(self, part: PartWriter, stacks: Sequence[Stack], hessians: Hessians) -> None:
         """Codes of stacks that share their Hessians: matrices with as many bits together, so many at a time that
-        SLAB_BYTES are not exceeded."""
+        SLAB_BYTES are not exceeded, nor half of the memory that is free."""
         weights = [self._weights(stack) for stack in stacks]
         count, _, columns = weights[0].shape
         rows = max(weight.shape[1] for weight in weights)
         shared = len(hessians.value_ECC) == 1
-        step = max(1, SLAB_BYTES // (4 * (6 * columns * columns * (not shared) + 5 * rows * columns)))
+        # A half more than damped Hessian and factor, and than weights in two orders, for what is taken in between.
+        room = min(SLAB_BYTES, free_bytes(hessians.value_ECC.device) // 2)
+        step = max(1, room // (10 * columns * columns * (not shared) + 12 * rows * columns))
         classes = [*hessians.classes] * (count if shared else 1)
         found = None
         for bits, members in self._alike(stacks[0], count).items():
@@ -263,16 +266,15 @@ class _Layer:
     ) -> None:
         """Write these members of a stack, all of them where it is one tensor."""
         bits, transposed = self._bits[stack.names[members[0] if len(stack.names) > 1 else 0]], stack.linear.transposed
-        words_ERW = pack_rows(codes_ERC, bits).cpu()
-        scales = scale_ERG.cpu()
+        words_ERW = pack_rows(codes_ERC, bits)
         dense_ERC = dequantize(codes_ERC, scale_ERG)
         if len(self._specs[stack.linear.name].shape) == 3:
             shape = self._specs[stack.linear.name].shape
-            put_packed_stack(part, stack.names[0], words_ERW, scales, shape, bits, transposed)
+            put_packed_stack(part, stack.names[0], words_ERW, scale_ERG, shape, bits, transposed)
             self.dense[stack.names[0]] = dense_ERC.mT if transposed else dense_ERC
             return
         names = [stack.names[member] for member in members]
-        for name, words, scale, dense in zip(names, words_ERW, scales, dense_ERC, strict=True):
+        for name, words, scale, dense in zip(names, words_ERW, scale_ERG, dense_ERC, strict=True):
             put_words(part, name, words, scale, codes_ERC.shape[1:], bits)
             self.dense[name] = dense
 
