@@ -76,6 +76,8 @@ def aligned(
     the sum of weight and activation distances, else by weight products. Pairs go through in chunks of bounded memory.
     """
     pairs = (lead_E != torch.arange(len(lead_E))).nonzero().flatten()
+    if len(pairs) == 0:
+        return experts
     _, width, hidden = experts.gate_FD.shape
     order_EF = torch.arange(width).repeat(len(lead_E), 1)
     per_call = max(1, CHUNK_BYTES // (4 * width * max(width, 6 * hidden)))
