@@ -77,6 +77,27 @@ def test_no_other_down_does_better_on_the_tokens_it_was_fitted_on(model_type, to
         assert error_of(family, model, after, moved, layer, 1, x, tokens == "routed") >= ours[1]
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_the_short_form_is_the_papers(model_type, checkpoint, context):
+    """`tokens: all`: down~ = [b_1 down_1 ... b_n down_n] T1 with T1 = Q P^+, Q the members' stacked activations."""
+    model, ctx = checkpoint(model_type), context()
+    stats = stats_for(model)
+    merge_moe(MergeMoe(tokens="all", ridge=1e-12, align="none"), plan_for(model), model, stats, ctx)
+    merged, family, layer = ctx.finish(model), family_of(model.config), model.facts.moe_layers[0]
+    x = stats[layer]["tok_reservoir"].double()
+    for group in range(3):
+        members = [e for e in range(8) if GROUPS[e] == group]
+        experts = [type(w)(*(None if v is None else v.double() for v in w))
+                   for w in (family.read_expert(model, layer, e) for e in members)]  # fmt: skip
+        share = [float(SHARES[e]) for e in members]
+        gate, up = (sum(b * w[i] for b, w in zip(share, experts, strict=True)) for i in (0, 1))
+        p_FS = family.inner(experts[0]._replace(gate_FD=gate, up_FD=up), x).T
+        q_XS = torch.cat([family.inner(w, x).T for w in experts])
+        stacked_DX = torch.cat([b * w.down_DF for b, w in zip(share, experts, strict=True)], 1)
+        found = family_of(merged.config).read_expert(merged, layer, group).down_DF.double()
+        assert torch.allclose(found, stacked_DX @ q_XS @ torch.linalg.pinv(p_FS), atol=1e-4)
+
+
 class Replaced:
     """A family whose group 1 of one layer is another expert."""
 

@@ -42,24 +42,29 @@ def test_keep_only_is_a_plan_of_single_members():
     assert plan.lead_K.tolist() == [1, 3]
 
 
-def merge_by_hand(points, clusters):
-    """Average linkage, the slow way: mean of all original pairwise distances between two clusters."""
+FAR = {"average": np.mean, "single": np.min, "complete": np.max}
+"""How far two clusters are, from all original pairwise distances between their members."""
+
+
+def merge_by_hand(points, clusters, linkage):
+    """Agglomeration, the slow way: the two nearest clusters are joined, whatever makes them far."""
     groups = [[i] for i in range(len(points))]
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
     while len(groups) > clusters:
-        pairs = [(distance[np.ix_(a, b)].mean(), i, j)
+        pairs = [(FAR[linkage](distance[np.ix_(a, b)]), i, j)
                  for i, a in enumerate(groups) for j, b in enumerate(groups) if i < j]  # fmt: skip
         _, i, j = min(pairs)
         groups[i] += groups.pop(j)
     return {frozenset(g) for g in groups}
 
 
+@pytest.mark.parametrize("linkage", FAR)
 @pytest.mark.parametrize("clusters", [1, 3, 7, 10])
-def test_average_linkage_equals_merging_by_hand(clusters):
+def test_linkage_equals_merging_by_hand(clusters, linkage):
     points = torch.randn(10, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    group, _ = agglomerate(pairwise(points, "euclidean"), clusters)
+    group, _ = agglomerate(pairwise(points, "euclidean"), clusters, linkage)
     found = {frozenset((group == g).nonzero().flatten().tolist()) for g in range(clusters)}
-    assert found == merge_by_hand(points.numpy(), clusters)
+    assert found == merge_by_hand(points.numpy(), clusters, linkage)
 
 
 def test_ties_still_give_exactly_the_asked_number_of_clusters():

@@ -21,6 +21,9 @@ def test_the_untruncated_union_is_the_weighted_average():
     mean_v = sum(share[i] * vt[:, 5 * i : 5 * (i + 1)] for i in range(3))
     average = torch.einsum("i,ioj->oj", share, weight)
     assert (u @ torch.diag(s) @ mean_v - average).abs().max() < 1e-10
+    u, s, vt = torch.linalg.svd(torch.cat(list(weight), 0), full_matrices=False)  # the other axis: one V for all
+    mean_u = sum(share[i] * u[6 * i : 6 * (i + 1)] for i in range(3))
+    assert (mean_u @ torch.diag(s) @ vt - average).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
