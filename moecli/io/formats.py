@@ -18,6 +18,12 @@ No stock reader has a form for a tensor that holds all experts of a layer. For t
 
 K is always the input width: `transposed` tensors (gpt_oss) are packed the other way round, so that one scale
 belongs to the inputs of one output, as in the 2-D form. A scheme's targets match X as they match a linear.
+
+Beside a packed 2-D `X.weight` there may be a correction of low rank r, which belongs to the model until it is exported
+(`runner.adapters` writes it as a PEFT adapter):
+
+    X.weight_lora_a   model dtype [r, K]        the weight is what is packed, plus lora_b lora_a
+    X.weight_lora_b   model dtype [N, r]
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.ops.correction import corrected
 from moecli.ops.pack import pack_rows
 
 if TYPE_CHECKING:
@@ -64,6 +71,23 @@ class Group(NamedTuple):
 def packed_names(weight_name: str) -> PackedNames:
     """Names for `X.weight`, or for a stacked tensor of any name."""
     return PackedNames(f"{weight_name}_packed", f"{weight_name}_scale", f"{weight_name}_shape")
+
+
+class FactorNames(NamedTuple):
+    """What corrects `X.weight`: b a is added to it."""
+
+    a: str
+    b: str
+
+
+def factor_names(weight_name: str) -> FactorNames:
+    """Names of the factors that correct a weight."""
+    return FactorNames(f"{weight_name}_lora_a", f"{weight_name}_lora_b")
+
+
+def corrected_weights(names: Iterable[str]) -> set[str]:
+    """The weights that these on-disk names hold factors for."""
+    return {name.removesuffix("_lora_b") for name in names if name.endswith("_lora_b")}
 
 
 def quantization_config(
@@ -130,6 +154,17 @@ def packed_specs(
     }
 
 
+def unpacked_spec(
+    weight_name: str, specs: Mapping[str, TensorSpec], schemes: Sequence[Group], transposed: bool = False
+) -> TensorSpec:
+    """Inverse of `packed_specs`: the weight, from the specs of what stands on disk and the config's schemes."""
+    names, scheme = packed_names(weight_name), scheme_of(weight_name, schemes)
+    packed, scale = specs[names.packed], specs[names.scale]
+    per_scale = scheme.group_size if scheme.group_size != CHANNEL else packed.shape[-1] * 32 // scheme.bits
+    shape = (*packed.shape[:-1], scale.shape[-1] * per_scale)
+    return TensorSpec(scale.dtype, _logical(shape, transposed))
+
+
 def put_packed(part: PartWriter, weight_name: str, codes_NK: Tensor, scale_NG: Tensor, bits: int) -> None:
     """Write codes and scales in place of the parent's 2-D weight."""
     put_words(part, weight_name, pack_rows(codes_NK, bits), scale_NG, codes_NK.shape, bits)
@@ -175,7 +210,7 @@ def packed_weights(names: Iterable[str]) -> set[str]:
 
 
 class DenseView(StoredCheckpoint):
-    """A checkpoint whose packed weights read as ordinary ones, dequantized when asked for.
+    """A checkpoint whose packed weights read as ordinary ones, dequantized and corrected when asked for.
 
     Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
     compact export as the alias checkpoint it was made from.
@@ -193,7 +228,9 @@ class DenseView(StoredCheckpoint):
         self.config: Mapping[str, Any] = config
         self.facts = self.facts_of(config)
         self._packed = packed_weights(self.parent.names())
+        self._corrected = corrected_weights(self.parent.names())
         hidden = {part for name in self._packed for part in packed_names(name)}
+        hidden |= {part for name in self._corrected for part in factor_names(name)}
         shown = {name for name in self.parent.names() if name not in hidden and name != guard}
         self._names = dict.fromkeys(sorted(self._packed | shown, key=natural_key))
         self._refuse_the_unknown(hidden)
@@ -222,13 +259,21 @@ class DenseView(StoredCheckpoint):
         if name not in self._packed:
             return self.parent.get(self._known(name), device)
         packed, scale, _ = packed_names(name)
-        return self._dense(name, self.parent.get(packed, device), self.parent.get(scale, device))
+        dense = self._dense(name, self.parent.get(packed, device), self.parent.get(scale, device))
+        if name not in self._corrected:
+            return dense
+        a_rK, b_Nr = (self.parent.get(factor, device) for factor in factor_names(name))
+        return corrected(dense, b_Nr, a_rK)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self._packed:
             return self.parent.rows(self._known(name), start, stop)
         packed, scale, _ = packed_names(name)
-        return self._dense(name, self.parent.rows(packed, start, stop), self.parent.rows(scale, start, stop))
+        dense = self._dense(name, self.parent.rows(packed, start, stop), self.parent.rows(scale, start, stop))
+        if name not in self._corrected:
+            return dense
+        a, b = factor_names(name)
+        return corrected(dense, self.parent.rows(b, start, stop), self.parent.get(a))
 
     def side_files(self) -> Mapping[str, str]:
         return self.parent.side_files()

@@ -58,6 +58,12 @@ def correction(lost_ERC: Tensor, moment_E: Tensor, rank: int) -> Correction:
     return Correction(b, leading.mT @ lost, values.sum(-1), values[..., :-kept].sum(-1))
 
 
+def corrected(weight_RC: Tensor, b_Rr: Tensor, a_rC: Tensor) -> Tensor:
+    """W + B A, added up in fp32 at least, in W's type. Leading dimensions are allowed."""
+    wide = torch.promote_types(torch.promote_types(weight_RC.dtype, b_Rr.dtype), torch.float32)
+    return (weight_RC.to(wide) + b_Rr.to(wide) @ a_rC.to(wide)).to(weight_RC.dtype)
+
+
 def output_moment(weight_ERC: Tensor, moment_E: Tensor) -> Tensor:
     """W G W^T [E, R, R], for G [E, C, C] or its diagonal [E, C]; in the weight's type."""
     moment = moment_E.to(weight_ERC)
@@ -81,7 +87,7 @@ def pooled(total_E: Tensor, count_E: Tensor) -> tuple[Tensor, Sequence[str]]:
         pooled   n < 32                 the mean over the inputs of all experts
         plain    that is not finite, or zero: the identity, every input counts the same
 
-    Float64; the ladder of `quantize/gptq` on any moments. Waits for the device once.
+    Float64; the ladder of `quantize/gptq` on any moments. Waits for the device twice.
     """
     total = total_E.double()
     columns, ones = total.shape[-1], (1,) * (total.dim() - 1)
@@ -95,8 +101,14 @@ def pooled(total_E: Tensor, count_E: Tensor) -> tuple[Tensor, Sequence[str]]:
     share = share_E.view(-1, *ones)
     # Where a share is 0 its side must not count at all: 0 times what is not finite is not 0.
     mixed = torch.where(share == 1, own, torch.where(share == 0, mean, share * own + (1 - share) * mean))
-    flat = mixed.flatten(1)
+    found, sound = sound_moments(mixed)
+    return found, [name if fine else "plain" for name, fine in zip(names, sound, strict=True)]
+
+
+def sound_moments(moment_E: Tensor) -> tuple[Tensor, list[bool]]:
+    """Moments [E, C, C] or [E, C] with the identity in place of those that are not finite, or zero; which were sound.
+    Waits for the device once."""
+    flat = moment_E.flatten(1)
     sound_E = torch.isfinite(flat).all(-1) & (flat.amax(-1) > 0)
-    identity = torch.ones_like(mean) if mixed.dim() == 2 else torch.eye(columns, dtype=total.dtype, device=total.device)
-    kinds = [name if sound else "plain" for name, sound in zip(names, sound_E.tolist(), strict=True)]
-    return torch.where(sound_E.view(-1, *ones), mixed, identity), kinds
+    identity = torch.ones_like(moment_E[0]) if moment_E.dim() == 2 else torch.eye(moment_E.shape[-1]).to(moment_E)
+    return torch.where(sound_E.view(-1, *(1,) * (moment_E.dim() - 1)), moment_E, identity), sound_E.tolist()

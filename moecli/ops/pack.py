@@ -45,6 +45,12 @@ def group_scale(weight_NK: Tensor, bits: int, group_size: int, shrink: bool = Fa
     return best
 
 
+def rounded_again(weight_NK: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
+    """int8 codes of the weights nearest to these for scales that are given. Leading dimensions are allowed."""
+    grouped = weight_NK.unflatten(-1, (scale_NG.shape[-1], -1))
+    return _codes(grouped, scale_NG.to(grouped), bits).to(torch.int8).flatten(-2)
+
+
 def _stored(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
     scale = scale_NG.to(dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -6,7 +6,8 @@ compact    router rows that share experts, experts packed in different ways, or 
            the weights
 expanded   a compact model written out, dense, with a copy of its expert for each row: stock, nothing saved
 
-All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes.
+All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes. Corrections of packed
+weights go into a folder beside them (`runner.adapters`), in the expanded form into the weights.
 """
 
 from __future__ import annotations
@@ -21,9 +22,19 @@ from moecli.core.errors import Problem, UsageError
 from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families import ALIAS_KEY, family_of, linears_of
 from moecli.io.durable import natural_key
-from moecli.io.formats import CHANNEL, DenseView, packed_names, packed_weights, scheme_of, schemes_of
+from moecli.io.formats import (
+    CHANNEL,
+    DenseView,
+    corrected_weights,
+    factor_names,
+    packed_names,
+    packed_weights,
+    scheme_of,
+    schemes_of,
+)
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.writer import Export, export_folder
+from moecli.runner.adapters import write_adapter
 from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
 from moecli.runtime.quantizer import METHOD, compact_config
 
@@ -50,9 +61,13 @@ def export(
     Raises UsageError when `stock` is asked for and the model has no such form, and what
     `io.writer.export_folder` raises.
     """
-    view = as_written(checkpoint, choose(checkpoint) if kind == "auto" else kind)
+    kind = choose(checkpoint) if kind == "auto" else kind
+    view = as_written(checkpoint, kind)
     files = {FILE_NAME: modeling_source()} if "auto_map" in view.config else {}
-    return export_folder(view, folder, extra_files=files | dict(extra_files or {}))
+    written = export_folder(view, folder, extra_files=files | dict(extra_files or {}))
+    if kind != "expanded":
+        write_adapter(checkpoint, folder)
+    return written
 
 
 def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
@@ -123,7 +138,8 @@ class _View(StoredCheckpoint):
         self.config: Mapping[str, Any] = _without_compact(self.parent.config)
         self.facts = self.facts_of(self.config)
         guard = (self.parent.config.get("quantization_config") or {}).get("guard")
-        self._names = dict.fromkeys(name for name in self.parent.names() if name != guard)
+        hidden = {part for name in corrected_weights(self.parent.names()) for part in factor_names(name)} | {guard}
+        self._names = dict.fromkeys(name for name in self.parent.names() if name not in hidden)
 
     def names(self) -> Iterable[str]:
         return tuple(self._names)

@@ -7,6 +7,7 @@ tensors    every tensor of the source is kept, rewritten or dropped with a reaso
 shapes     the MoE layers agree with `config.json`
 routers    routers, their biases and correction biases are bit-equal to the source's, or to what the stage
            that wrote them made, and have the source's dtype
+adapter    where weights are corrected: the factors beside the model are bit-equal to those of the stage
 reload     a fresh process without network loads the folder as a stranger would: nothing of `moecli` is
            imported, no tensor is missing, unexpected or of another shape, and the tokenizer loads
 logits     that process and the model in memory here give the same logits on 2 x 64 fixed tokens: difference
@@ -32,9 +33,10 @@ from moecli.core.artifacts import Checkpoint
 from moecli.core.model import ModelFacts, TensorSpec
 from moecli.families import facts_of, family_of
 from moecli.io.durable import gib
-from moecli.io.formats import DenseView, packed_names, packed_weights
+from moecli.io.formats import DenseView, corrected_weights, packed_names, packed_weights
 from moecli.io.overlay import fates
 from moecli.io.reader import FolderCheckpoint, StoredCheckpoint, stored
+from moecli.runner.adapters import adapter_problems
 from moecli.runner.export import Kind, as_written, choose
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ def verify(
     Raises SurroundingsError when the folder cannot be opened at all; everything else is a problem.
     """
     exported = FolderCheckpoint(folder, facts_of)
-    written = as_written(checkpoint, kind or _kind_of(exported, checkpoint))
+    kind = kind or _kind_of(exported, checkpoint)
+    written = as_written(checkpoint, kind)
     bottom = stored(checkpoint).source if source is None else stored(source)
     accounting = account(checkpoint)
     found = {
@@ -112,6 +115,8 @@ def verify(
         "shapes": _shape_problems(exported),
         "routers": list(_router_problems(exported, written, bottom)),
     }
+    if kind != "expanded" and corrected_weights(checkpoint.names()):
+        found["adapter"] = adapter_problems(checkpoint, folder)
     checks = [_check(name, problems) for name, problems in found.items()]
     checks[0] = _with_detail(checks[0], _summary(accounting))
     late, problems = _reload(exported, DenseView(written), free_bytes)

@@ -27,6 +27,7 @@ OVERRIDES = {
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "quantize/gptq": {"group_size": 16},
     "quantize/rtn": {"group_size": 16},
+    **{name: {"rank": 4} for name in lookup.names() if name.startswith("compensate/")},
     "eval/lm-eval": {"limit": 4},
     "eval/perplexity": {"window": 32},
     "eval/fidelity": {"window": 32},
@@ -87,6 +88,8 @@ def ways_to(name, material):
         before = ["calibrate/statistics", "cluster/hc-smoe"]
     elif CalibrationStats in kinds:
         before = ["calibrate/statistics"]
+    elif stage.kind == "compensate":
+        before = ["calibrate/text", "quantize/rtn"]
     elif CalibrationText in kinds:
         before = ["calibrate/text"]
     return [{"run": n, "with": options(n, material)} for n in [*before, name]]
