@@ -205,9 +205,11 @@ def naive_mask(scores, keep, groups, floor):
     return sorted(kept + [e for e in ranked if e not in kept][: keep - len(kept)])
 
 
+@pytest.mark.parametrize("used", [1, 2])
 @pytest.mark.parametrize("keep", [4, 5, 7])
-def test_mask_ranks_all_groups_together_but_leaves_each_enough(keep, checkpoint, context):
-    model, ctx = checkpoint("deepseek_v3"), context()
+def test_mask_ranks_all_groups_together_but_leaves_each_enough(keep, used, checkpoint, context):
+    """Two in each of 2 groups: for the 2 picks from one group, and because groups are ranked by their best two."""
+    model, ctx = checkpoint("deepseek_v3", topk_group=used), context()
     count = [9, 8, 7, 6, 1, 2, 3, 4]
     opt = Frequency(keep=keep, protect="none", groups="mask")
     assert not list(opt.problems(model.facts))
