@@ -66,7 +66,7 @@ def test_a_group_size_that_divides_no_width_is_said_with_one_that_does(checkpoin
 def test_stacked_experts_are_rounded_along_their_inputs(model_type, experts_at_once, checkpoint, context, monkeypatch):
     model, ctx = checkpoint(model_type), context()
     # gate and up: 64 inputs and 64 outputs
-    monkeypatch.setattr("moecli.methods.quantize.rtn.BATCH_ELEMENTS", experts_at_once * 64 * 64)
+    monkeypatch.setattr("moecli.methods.quantize.BATCH_ELEMENTS", experts_at_once * 64 * 64)
     rtn(Rtn(bits=4, group_size=16), model, None, ctx)
     packed = ctx.finish(model)
     before, after = (family_of(model.config).read_experts(c, 1) for c in (model, DenseView(packed)))

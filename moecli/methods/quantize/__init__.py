@@ -10,23 +10,28 @@ without a word. Experts that share a tensor must have the same bits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
+from torch import Tensor
 
+from moecli.core.artifacts import BitPlan, Checkpoint, PartWriter
 from moecli.core.context import Context
 from moecli.core.errors import MoecliError, Problem
 from moecli.core.model import ModelFacts, ModelSketch, PlannedBits, TensorSpec
 from moecli.core.stage import Options
 from moecli.families import Linear, family_of, linears_of
-from moecli.io.formats import Group, packed_specs, quantization_config
-from moecli.ops.pack import INT_BITS
+from moecli.io.formats import Group, packed_specs, put_packed, put_packed_stack, quantization_config
+from moecli.ops.pack import INT_BITS, pack_rows
 
 Bits = Literal[2, 3, 4, 8]
 KEPT = 16
 """Stands for a weight that stays as it is."""
+BATCH_ELEMENTS = 1 << 26
+"""Weights rounded in one go: 1 GiB of fp32 temporaries."""
 
 
 class Quantize(Options):
@@ -181,3 +186,58 @@ _AGAIN = "put the `allocate/...` stage below the stages that change experts"
 
 def _module(linear: Linear) -> str:
     return linear.name.removesuffix(".weight")
+
+
+Code = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(weights [.., N, K], bits) -> int8 codes [.., N, K] and scales [.., N, G] in the weights' dtype"""
+
+
+def code_each(opt: Quantize, model: Checkpoint, plan: BitPlan | None, code: Code, ctx: Context) -> Checkpoint:
+    """The model with every target packed as `code` says, which knows a weight alone and no inputs. Many at a time."""
+    specs = {name: model.spec(name) for name in model.names()}
+    work = Packing(opt, model.config, specs, plan and plan.pairs())
+    with ctx.writer(model, config=work.config()) as out:
+        for layer in ctx.track(sorted({linear.layer for linear in work.targets}), "rounding"):
+
+            def write(part: PartWriter, layer: int = layer) -> None:
+                mine = [linear for linear in work.targets if linear.layer == layer]
+                matrices = {x.name: work.bits[x.name] for x in mine if len(specs[x.name].shape) == 2}
+                for names, bits in _batches(matrices, specs):
+                    weight_BNK = torch.stack([model.get(name, ctx.device) for name in names])
+                    codes_BNK, scale_BNG = code(weight_BNK, bits)
+                    for name, codes, scale in zip(names, codes_BNK, scale_BNG, strict=True):
+                        put_packed(part, name, codes, scale, bits)
+                for linear in mine:
+                    if linear.name not in matrices:
+                        _write_stack(part, model, linear, work.bits[linear.name], code, ctx.device)
+
+            out.part(f"layer-{layer:03d}", write)
+    work.report(ctx)
+    return out.checkpoint
+
+
+def _write_stack(
+    part: PartWriter, model: Checkpoint, linear: Linear, bits: int, code: Code, device: torch.device
+) -> None:
+    """Pack all experts of a layer, so many at a time that BATCH_ELEMENTS are not exceeded."""
+    spec = model.spec(linear.name)
+    experts = spec.shape[0]
+    step = max(1, BATCH_ELEMENTS * experts // spec.numel)
+    packed, scales = [], []
+    for start in range(0, experts, step):
+        weight = model.rows(linear.name, start, min(start + step, experts)).to(device)
+        weight_ENK = weight.mT.contiguous() if linear.transposed else weight
+        codes_ENK, scale_ENG = code(weight_ENK, bits)
+        packed.append(pack_rows(codes_ENK, bits).cpu())
+        scales.append(scale_ENG.cpu())
+    put_packed_stack(part, linear.name, torch.cat(packed), torch.cat(scales), spec.shape, bits, linear.transposed)
+
+
+def _batches(bits_of: Mapping[str, int], specs: Mapping[str, TensorSpec]) -> Iterator[tuple[list[str], int]]:
+    """Weights of one shape, dtype and number of bits together, at most BATCH_ELEMENTS at a time."""
+    alike: dict[tuple[TensorSpec, int], list[str]] = {}
+    for name, bits in bits_of.items():
+        alike.setdefault((specs[name], bits), []).append(name)
+    for (spec, bits), some in alike.items():
+        size = max(1, BATCH_ELEMENTS // spec.numel)
+        yield from ((some[start : start + size], bits) for start in range(0, len(some), size))
