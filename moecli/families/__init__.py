@@ -3,6 +3,7 @@
 from moecli.families.family import (
     ALIAS_KEY,
     FAMILIES,
+    WIDTHS_KEY,
     Family,
     Linear,
     accounting,
@@ -16,11 +17,20 @@ from moecli.families.family import (
 )
 from moecli.families.routing import RouteRule, Routing, route
 from moecli.families.sketch import forecast_alias, forecast_keep, forecast_row_drop
-from moecli.families.widths import forecast_width, width_config, width_problem
+from moecli.families.widths import (
+    forecast_width,
+    forecast_widths,
+    padded,
+    width_config,
+    width_problem,
+    widths_config,
+    widths_problem,
+)
 
 __all__ = [
     "ALIAS_KEY",
     "FAMILIES",
+    "WIDTHS_KEY",
     "Family",
     "Linear",
     "RouteRule",
@@ -34,10 +44,14 @@ __all__ = [
     "forecast_keep",
     "forecast_row_drop",
     "forecast_width",
+    "forecast_widths",
     "keep_problem",
     "linears_of",
     "one_group",
+    "padded",
     "route",
     "width_config",
     "width_problem",
+    "widths_config",
+    "widths_problem",
 ]

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from moecli.core.artifacts import Checkpoint
 from moecli.core.errors import SurroundingsError
 from moecli.families.alias import make_alias
-from moecli.families.family import ALIAS_KEY, FAMILIES, family_of
+from moecli.families.family import ALIAS_KEY, FAMILIES, WIDTHS_KEY, family_of
+from moecli.families.ragged import narrow_experts
+from moecli.families.widths import padded
 from moecli.io.formats import DenseView, packed_weights
 
 if TYPE_CHECKING:
@@ -213,9 +215,11 @@ def load_model(
 ) -> PreTrainedModel:
     """The whole model, from any Checkpoint, bit-equal to `from_pretrained` on the same tensors.
 
-    Packed weights are dequantized. SurroundingsError names what is missing, unexpected, of another shape, or
-    failed to convert.
+    Packed weights are dequantized. Narrow experts are read padded and cut when all is read, so that they are run as
+    elsewhere and take what their channels take. SurroundingsError names what is missing, unexpected, of another shape,
+    or failed to convert.
     """
+    widths = checkpoint.config.get(WIDTHS_KEY) or {}
     checkpoint = dense(checkpoint)
     model = empty_model(checkpoint.config, dtype)
     names = tensor_map(model, checkpoint)
@@ -225,12 +229,17 @@ def load_model(
     _refuse_missing(model, missing)
     _move_buffers(model, device)
     _load_generation_config(model, checkpoint)
+    for layer, found in widths.items():
+        if (parts := moe_parts(decoder_layers(model)[1][int(layer)])) is not None:
+            narrow_experts(parts.experts, found)
     return model
 
 
 def dense(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with packed weights read as ordinary ones; one without any is returned as it is."""
-    return DenseView(checkpoint) if packed_weights(checkpoint.names()) else checkpoint
+    """The checkpoint with packed weights read as ordinary ones and narrow experts padded with zeros; one without any
+    is returned as it is.
+    """
+    return padded(DenseView(checkpoint) if packed_weights(checkpoint.names()) else checkpoint)
 
 
 def load_layer(

@@ -30,6 +30,9 @@ FAMILIES: tuple[str, ...] = tuple(TABLE)
 ALIAS_KEY = "moecli_experts"
 """config.json: {"<layer>": experts on disk} of a model whose router rows share merged experts."""
 
+WIDTHS_KEY = "moecli_widths"
+"""config.json: {"<layer>": [channels of each expert on disk]} where these are fewer than its width field says."""
+
 Role = Literal["attention", "expert", "shared", "dense", "head", "router"]
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -154,14 +157,23 @@ class Family:
         aliased = self.config.get(ALIAS_KEY) or {}
         return int(aliased.get(str(layer), self._number(*self.row.experts_keys)))
 
+    def widths_in(self, layer: int) -> list[int]:
+        """Channels of each expert on disk."""
+        own = (self.config.get(WIDTHS_KEY) or {}).get(str(layer))
+        return [self.facts.expert_width] * self.experts_in(layer) if own is None else [int(width) for width in own]
+
     def _refuse_odd_values(self) -> None:
         """SurroundingsError for the first value of config.json that nothing could be computed from."""
         values = self.values
         dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
         wrong = {} if dtype in DTYPE_BYTES else {"dtype" if "dtype" in values else "torch_dtype": "the name of a dtype"}
-        for key in ("quantization_config", ALIAS_KEY):
+        for key in ("quantization_config", ALIAS_KEY, WIDTHS_KEY):
             if not isinstance(values.get(key) or {}, Mapping):
                 wrong[key] = "a mapping"
+        if isinstance(widths := values.get(WIDTHS_KEY) or {}, Mapping) and not all(
+            isinstance(own, Sequence) and all(isinstance(width, int) for width in own) for own in widths.values()
+        ):
+            wrong[WIDTHS_KEY] = "a list of widths for each layer"
         for key in ("decoder_sparse_step", *self.row.top_k_keys):
             if key in values and self._number(key) < 1:
                 wrong[key] = "at least 1"
@@ -409,7 +421,7 @@ class Family:
     def expected(self, names: Container[str], layer: int) -> Shapes:
         """Every tensor of an MoE block with the shape that the config asks for, in this layout."""
         facts = self.facts
-        shapes = dict(self.layout(names, layer).shapes(self.experts_in(layer), facts.expert_width, facts.hidden))
+        shapes = dict(self.layout(names, layer).shapes(self.widths_in(layer), facts.hidden))
         for tensor in self._router_rows():
             disk, memory = (
                 f"{self.disk_block(layer)}.{tensor.disk}",

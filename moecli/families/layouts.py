@@ -24,8 +24,12 @@ PRUNED = "expert pruned"
 class Layout(Protocol):
     """Where the experts of one layer are. Names are full on-disk names."""
 
-    def shapes(self, experts: int, width: int, hidden: int) -> Shapes:
-        """Every expert tensor of the layer with its shape, for E, F, D."""
+    def shapes(self, widths: Sequence[int], hidden: int) -> Shapes:
+        """Every expert tensor of the layer with its shape, for F of each expert and D."""
+        ...
+
+    def widened(self, name: str, tensor: Tensor, width: int) -> Tensor:
+        """What stands under `name`, with zeros behind its channels up to `width`: the same function."""
         ...
 
     def names_of(self, expert: int) -> tuple[str, ...]:
@@ -53,9 +57,16 @@ class PerExpert:
     def names_of(self, expert: int) -> tuple[str, ...]:
         return tuple(f"{self.prefix}.{expert}.{projection}.weight" for projection in self.projections)
 
-    def shapes(self, experts: int, width: int, hidden: int) -> Shapes:
-        one = ((width, hidden), (width, hidden), (hidden, width))
-        return {name: shape for e in range(experts) for name, shape in zip(self.names_of(e), one, strict=True)}
+    def shapes(self, widths: Sequence[int], hidden: int) -> Shapes:
+        found: dict[str, tuple[int, ...]] = {}
+        for expert, width in enumerate(widths):
+            one = ((width, hidden), (width, hidden), (hidden, width))
+            found |= zip(self.names_of(expert), one, strict=True)
+        return found
+
+    def widened(self, name: str, tensor: Tensor, width: int) -> Tensor:
+        axis = 1 if name.endswith(f".{self.projections[2]}.weight") else 0
+        return _widened(tensor, axis, width)
 
     def read(self, ckpt: Checkpoint, expert: int) -> ExpertWeights:
         return ExpertWeights(*(ckpt.get(name) for name in self.names_of(expert)))
@@ -105,7 +116,8 @@ class InStacks:
         suffixes = (self.form.gate_up, self.form.down, self.form.gate_up_bias, self.form.down_bias)
         return tuple(self._name(suffix) for suffix in suffixes if suffix)
 
-    def shapes(self, experts: int, width: int, hidden: int) -> Shapes:
+    def shapes(self, widths: Sequence[int], hidden: int) -> Shapes:
+        experts, width = len(widths), self._one_width(widths)
         gate_up, down = (2 * width, hidden), (hidden, width)
         if self.form.transposed:
             gate_up, down = gate_up[::-1], down[::-1]
@@ -127,14 +139,31 @@ class InStacks:
             part.put(name, ckpt.get(name).index_select(0, torch.tensor(kept, dtype=torch.int64)))
 
     def write(self, part: PartWriter, ckpt: Checkpoint, experts: int, new: Sequence[ExpertWeights]) -> None:
-        if len({weights.gate_FD.shape for weights in new}) > 1:
+        self._one_width([len(weights.gate_FD) for weights in new])
+        joined = zip(*(self._join(weights) for weights in new), strict=True)
+        for name, tensors in zip(self.names_of(0), joined, strict=True):
+            part.put(name, _as_stored(torch.stack(tensors), ckpt, name))
+
+    def widened(self, name: str, tensor: Tensor, width: int) -> Tensor:
+        gate_up, down, *bias = self.names_of(0)
+        if name not in (gate_up, down):
+            halves = self._halves(tensor, -1) if name == bias[0] else ()
+            return self._both(*(_widened(half, 1, width) for half in halves), dim=1) if halves else tensor
+        plain = tensor.mT if self.form.transposed else tensor
+        if name == down:
+            wide = _widened(plain, 2, width)
+        else:
+            wide = self._both(*(_widened(half, 1, width) for half in self._halves(plain, -2)), dim=1)
+        return wide.mT.contiguous() if self.form.transposed else wide
+
+    def _one_width(self, widths: Sequence[int]) -> int:
+        """MoecliError when they differ."""
+        if len(set(widths)) > 1:
             raise MoecliError(
                 f"experts of different widths cannot share `{self.names_of(0)[0]}`",
                 hint="keep one width per layer",
             )
-        joined = zip(*(self._join(weights) for weights in new), strict=True)
-        for name, tensors in zip(self.names_of(0), joined, strict=True):
-            part.put(name, _as_stored(torch.stack(tensors), ckpt, name))
+        return widths[0]
 
     def _split(self, tensors: Sequence[Tensor]) -> ExpertWeights:
         """File form to ExpertWeights; works with and without a leading E."""
@@ -162,8 +191,16 @@ class InStacks:
             joined += [self._both(gate_bias, up_bias), down_bias]
         return joined
 
-    def _both(self, gate: Tensor, up: Tensor) -> Tensor:
-        return torch.stack((gate, up), 1).flatten(0, 1) if self.form.interleaved else torch.cat((gate, up))
+    def _both(self, gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
+        if self.form.interleaved:
+            return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
+        return torch.cat((gate, up), dim)
+
+
+def _widened(tensor: Tensor, axis: int, width: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[axis] = width - tensor.shape[axis]
+    return torch.cat((tensor, tensor.new_zeros(missing)), axis)
 
 
 def _as_stored(tensor: Tensor, ckpt: Checkpoint, name: str) -> Tensor:

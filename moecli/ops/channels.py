@@ -5,12 +5,17 @@ E experts, F channels, D model width. Higher scores stay; ties keep the lower la
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from moecli.core.errors import MoecliError
+from moecli.ops.budget import Item, Level, Problem, Solution, dynamic, greedy
 
 Scope = Literal["expert", "layer", "global"]
 
@@ -20,30 +25,87 @@ def width_left(channels: int, ratio: float, block: int) -> int:
     return math.ceil(channels * (1 - ratio) / block - 1e-9) * block
 
 
-def keep_channels(
-    score: Mapping[int, Tensor], ratio: float, scope: Scope, *, block: int = 1, floor: int = 0,
-    safe: Mapping[int, Collection[int]] | None = None,
-) -> dict[int, Tensor]:  # fmt: skip
-    """{layer: bool [E, F]} of the channels that stay, from {layer: score [E, F]}.
-
-    Each expert keeps a multiple of `block` channels, its best ones, and at least `floor` (rounded up). `scope`:
-    `expert` leaves `width_left` in each; `layer` and `global` hold the sum over a layer, or over all layers, to
-    (1 - ratio) of the channels, rounded down to whole blocks: blocks of an expert's sorted channels are taken in order
-    of their summed score, which is the best choice for that sum. Experts in `safe` keep everything; under `expert`
-    that is beside the ratio, else inside it.
-
-    ValueError: a score is NaN, `block` does not divide F, or `floor` and `safe` leave nothing of the ratio.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a choice of channels must keep to, besides its total. Counts of channels are rounded up to whole blocks, the
+    ceiling down.
     """
-    safe = safe or {}
-    blocks = {layer: _blocks(values, block, floor, safe.get(layer, ()), layer) for layer, values in score.items()}
-    if scope == "expert":
-        left = {layer: width_left(values.shape[1], ratio, block) // block for layer, values in score.items()}
-        counts = {layer: _at_least(found_EB, left[layer]) for layer, found_EB in blocks.items()}
+
+    block: int = 1
+    """Each expert keeps a multiple of so many channels."""
+    floor: int = 0
+    """Channels that every expert keeps at least."""
+    ceiling: int | None = None
+    """... and at most."""
+    layer_floor: float = 0.0
+    """Part of its channels that every layer keeps at least; asked for where layers compete (`global`)."""
+    safe: Mapping[int, Collection[int]] = field(default_factory=dict)
+    """{layer: experts that keep everything}, ceiling or not"""
+
+
+def keep_channels(
+    score: Mapping[int, Tensor], ratio: float, scope: Scope, bounds: Bounds = Bounds(), one_width: bool = False
+) -> dict[int, Tensor]:
+    """{layer: bool [E, F]} of the channels that stay, from {layer: score [E, F]}; each expert keeps its best ones.
+
+    `scope`: `expert` leaves `width_left` in each; `layer` and `global` hold the sum over a layer, or over all layers,
+    to (1 - ratio) of the channels, rounded down to whole blocks, and choose the blocks of largest summed score. Safe
+    experts are beside the ratio under `expert`, else inside it.
+
+    Taking blocks in the order of their score is exact for that sum: an expert's blocks are sorted, all cost the same,
+    and floors and ceilings nest (expert in layer in model), so no exchange of two blocks can gain. With `one_width` all
+    experts of a layer keep as many, at least one block (`layer_widths`): only under `global`, where layers differ.
+
+    ValueError: a score is NaN, the block does not divide F, or the bounds and the ratio contradict each other.
+    """
+    found = {layer: _Blocks.of(values, bounds, layer) for layer, values in score.items()}
+    if one_width:
+        widths = layer_widths({layer: blocks.score_EB for layer, blocks in found.items()}, ratio, bounds).choice
+        counts = {layer: torch.full((len(blocks.score_EB),), widths[str(layer)]) for layer, blocks in found.items()}
+    elif scope == "expert":
+        counts = {layer: blocks.each(width_left(score[layer].shape[1], ratio, bounds.block) // bounds.block)
+                  for layer, blocks in found.items()}  # fmt: skip
     elif scope == "layer":
-        counts = {layer: _best([found_EB], ratio, block)[0] for layer, found_EB in blocks.items()}
+        counts = {layer: _best([blocks], ratio, bounds)[0] for layer, blocks in found.items()}
     else:
-        counts = dict(zip(blocks, _best(list(blocks.values()), ratio, block), strict=True))
-    return {layer: _ranks(values) < block * counts[layer][:, None] for layer, values in score.items()}
+        counts = dict(zip(found, _best(list(found.values()), ratio, bounds), strict=True))
+    return {layer: _ranks(values) < bounds.block * counts[layer][:, None] for layer, values in score.items()}
+
+
+def total_left(channels: int, ratio: float, block: int) -> int:
+    """Blocks that stay of so many channels together, rounded down."""
+    return math.floor(channels * (1 - ratio) + 1e-9) // block
+
+
+def layer_widths(score: Mapping[int, Tensor], ratio: float, bounds: Bounds) -> Solution:
+    """One number of blocks for all experts of each layer: the largest sum of the scores that stay, at most the
+    (1 - ratio) of all channels. From {layer: score of each expert's blocks, descending, [E, F / block]}.
+
+    Exact by dynamic programming up to 255 blocks an expert; beyond, along the hulls with a proven bound, which is exact
+    too where layers have equally many experts, because sums of sorted blocks are concave. Protected experts keep their
+    layer whole. Scores are shifted to be at least 0, so that the whole total is used. ValueError: bounds and ratio
+    contradict each other.
+    """
+    block, lowest_score = bounds.block, min(float(found.min()) for found in score.values())
+    items = []
+    for layer, found_EB in score.items():
+        experts, blocks = found_EB.shape
+        gain_B = (found_EB - lowest_score).sum(0)
+        lost = torch.cat((gain_B.flip(0).cumsum(0).flip(0), gain_B.new_zeros(1))).tolist()
+        levels = tuple(Level(kept, kept * experts, lost[kept]) for kept in range(1, blocks + 1))
+        lowest = max(1, math.ceil(bounds.floor / block), math.ceil(bounds.layer_floor * blocks - 1e-9))
+        highest = blocks if bounds.ceiling is None else bounds.ceiling // block
+        if bounds.safe.get(layer):
+            lowest = highest = blocks
+        items.append(Item(str(layer), levels, lowest=lowest, highest=highest))
+    channels = sum(found.numel() for found in score.values()) * block
+    try:
+        problem = Problem(tuple(items), total_left(channels, ratio, block))
+        return (dynamic if max(len(item.levels) for item in items) < 256 else greedy)(problem)
+    except MoecliError as contradiction:
+        raise ValueError(
+            f"no widths of layers leave {total_left(channels, ratio, block) * block} channels: {contradiction.message}"
+        ) from contradiction
 
 
 def _ranks(score_EF: Tensor) -> Tensor:
@@ -52,37 +114,66 @@ def _ranks(score_EF: Tensor) -> Tensor:
     return torch.empty_like(order_EF).scatter_(1, order_EF, torch.arange(order_EF.shape[1]).expand_as(order_EF))
 
 
-def _blocks(score_EF: Tensor, block: int, floor: int, safe: Collection[int], layer: int) -> Tensor:
-    """Score of each block of an expert's sorted channels, float64 [E, F / block], descending; infinite where it must
-    stay.
-    """
-    if torch.isnan(score_EF).any():
-        expert, channel = torch.isnan(score_EF).nonzero()[0].tolist()
-        raise ValueError(f"score of channel {channel} of expert {expert} in layer {layer} is NaN")
-    if score_EF.shape[1] % block:
-        raise ValueError(f"blocks of {block} do not divide {score_EF.shape[1]} channels")
-    found_EB = score_EF.double().sort(dim=1, descending=True, stable=True).values.unflatten(1, (-1, block)).sum(-1)
-    found_EB[:, : math.ceil(floor / block)] = torch.inf
-    found_EB[list(safe)] = torch.inf
-    return found_EB
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """The blocks of a layer's experts, each expert's sorted."""
+
+    score_EB: Tensor
+    """float64, descending"""
+    must_EB: Tensor
+    may_EB: Tensor
+
+    @classmethod
+    def of(cls, score_EF: Tensor, bounds: Bounds, layer: int) -> _Blocks:
+        block = bounds.block
+        if torch.isnan(score_EF).any():
+            expert, channel = torch.isnan(score_EF).nonzero()[0].tolist()
+            raise ValueError(f"score of channel {channel} of expert {expert} in layer {layer} is NaN")
+        if score_EF.shape[1] % block:
+            raise ValueError(f"blocks of {block} do not divide {score_EF.shape[1]} channels")
+        sorted_EF = score_EF.double().sort(dim=1, descending=True, stable=True).values
+        score_EB = sorted_EF.unflatten(1, (-1, block)).sum(-1)
+        place_B = torch.arange(score_EB.shape[1])
+        must_EB = (place_B < math.ceil(bounds.floor / block)).expand_as(score_EB).clone()
+        may_EB = torch.ones_like(must_EB)
+        if bounds.ceiling is not None:
+            may_EB = (place_B < bounds.ceiling // block).expand_as(score_EB).clone()
+        safe = list(bounds.safe.get(layer, ()))
+        must_EB[safe] = may_EB[safe] = True
+        if bool((must_EB & ~may_EB).any()):
+            raise ValueError(f"experts must keep {bounds.floor} channels and may keep {bounds.ceiling}")
+        return cls(score_EB, must_EB, may_EB)
+
+    def each(self, blocks: int) -> Tensor:
+        """Blocks of each expert: so many, or more where more must stay."""
+        if bool((self.may_EB.sum(1) < blocks).any()):
+            raise ValueError("experts may keep fewer channels than the ratio leaves in each")
+        return self.must_EB.sum(1).clamp(min=blocks)
 
 
-def _at_least(found_EB: Tensor, blocks: int) -> Tensor:
-    """Blocks of each expert: so many, or more where more must stay."""
-    return (found_EB == torch.inf).sum(1).clamp(min=blocks)
-
-
-def _best(found: list[Tensor], ratio: float, block: int) -> list[Tensor]:
+def _best(found: list[_Blocks], ratio: float, bounds: Bounds) -> list[Tensor]:
     """Blocks of each expert when the best of all are taken together."""
-    flat = torch.cat([found_EB.flatten() for found_EB in found])
-    total = math.floor(len(flat) * block * (1 - ratio) + 1e-9) // block
-    fixed = int((flat == torch.inf).sum())
-    if fixed > total:
-        raise ValueError(f"{fixed * block} channels must stay, the ratio leaves {total * block}")
-    taken = torch.zeros(len(flat), dtype=torch.int64)
-    taken[flat.argsort(descending=True, stable=True)[:total]] = 1
-    pieces = taken.split([found_EB.numel() for found_EB in found])
-    return [piece.view_as(found_EB).sum(1) for piece, found_EB in zip(pieces, found, strict=True)]
+    block, numbers = bounds.block, [blocks.score_EB.numel() for blocks in found]
+    score, must, may = (torch.cat([getattr(b, name).flatten() for b in found]) for name in _Blocks.__slots__)
+    total = total_left(len(score) * block, ratio, block)
+    taken = must.clone()
+    for start, number in zip(itertools.accumulate([0, *numbers]), numbers, strict=False):
+        layer = slice(start, start + number)  # the layer's best ones up to its floor
+        _take(taken[layer], score[layer], may[layer], math.ceil(bounds.layer_floor * number - 1e-9))
+    if int(taken.sum()) > total:
+        raise ValueError(f"{int(taken.sum()) * block} channels must stay, the ratio leaves {total * block}")
+    if int(may.sum()) < total:
+        raise ValueError(f"{int(may.sum()) * block} channels may stay, the ratio leaves {total * block}")
+    _take(taken, score, may, total)
+    pieces = taken.split(numbers)
+    return [piece.view_as(blocks.score_EB).sum(1) for piece, blocks in zip(pieces, found, strict=True)]
+
+
+def _take(taken: Tensor, score: Tensor, may: Tensor, number: int) -> None:
+    """Take the best of what may stay until `number` are taken, in place."""
+    order = score.argsort(descending=True, stable=True)
+    free = order[may[order] & ~taken[order]]
+    taken[free[: max(0, number - int(taken.sum()))]] = True
 
 
 def coverage_scores(value_EF: Tensor, weight_E: Tensor) -> Tensor:

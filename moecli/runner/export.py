@@ -1,10 +1,11 @@
 """The finished model folder, in one of three forms.
 
 stock      one expert for each router row and one packing for all experts: loads with nothing of ours
-compact    router rows that share experts, experts packed in different ways, or packed experts that stay stacked
-           in one tensor: loads with `import moecli`, or with `trust_remote_code=True` and the file put beside
-           the weights
-expanded   a compact model written out, dense, with a copy of its expert for each row: stock, nothing saved
+compact    router rows that share experts, experts of different widths, experts packed in different ways, or packed
+           experts that stay stacked in one tensor: loads with `import moecli`, or with `trust_remote_code=True` and the
+           file put beside the weights
+expanded   a compact model written out, dense, with a copy of its expert for each row and zeros for channels that are
+           gone: stock, nothing saved
 
 All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes. Corrections of packed
 weights go into a folder beside them (`runner.adapters`), in the expanded form into the weights.
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moecli.core.artifacts import Checkpoint, sketch_of
 from moecli.core.errors import Problem, UsageError
 from moecli.core.model import ModelSketch, TensorSpec
-from moecli.families import ALIAS_KEY, family_of, linears_of
+from moecli.families import ALIAS_KEY, WIDTHS_KEY, family_of, linears_of, padded
 from moecli.io.durable import natural_key
 from moecli.io.formats import (
     CHANNEL,
@@ -73,7 +74,7 @@ def export(
 def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
     """What `export` writes, as a checkpoint: config and tensors of the folder to be."""
     if kind == "expanded":
-        return _Expanded(DenseView(checkpoint))
+        return _Expanded(padded(DenseView(checkpoint)))
     if kind == "compact":
         return _Compact(checkpoint)
     if reason := why_not_stock(sketch_of(checkpoint)):
@@ -89,6 +90,12 @@ def why_not_stock(model: ModelSketch) -> Problem | None:
         return _no_stock(
             f"its {model.facts.router_rows} router rows share {share} experts in each layer",
             "put `- run: router/row-drop` below the merge, or write `export: compact`",
+        )
+    if narrow := model.config.get(WIDTHS_KEY):
+        found = sorted({width for widths in narrow.values() for width in widths})
+        return _no_stock(
+            f"its experts have {found[0]} to {found[-1]} channels, a stock config one width for all",
+            "write `widths: uniform` in the `slim/...` stage, or `export: compact`",
         )
     packed = packed_weights(model.specs)
     if any(len(model.specs[packed_names(name).packed].shape) == 3 for name in packed):
@@ -177,7 +184,7 @@ class _Compact(_View):
         counts = {int(layer): count for layer, count in (config.get(ALIAS_KEY) or {}).items()}
         self._guard = _guard_name(self.parent) if packed else None
         rows = self.parent.facts.router_rows
-        config["quantization_config"] = compact_config(counts, rows, packed, self._guard)
+        config["quantization_config"] = compact_config(counts, rows, packed, self._guard, config.get(WIDTHS_KEY))
         config["auto_map"] = AUTO_MAP
         self.config = config
         self.facts = self.facts_of(config)
@@ -207,7 +214,7 @@ def _guard_name(checkpoint: Checkpoint) -> str:
 class _Expanded(_View):
     """The expanded form of a dense checkpoint: the experts of an aliased layer, one for each router row."""
 
-    def __init__(self, checkpoint: DenseView) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         family, names = family_of(self.parent.config), set(self.parent.names())
         self._alias: dict[str, list[int]] = {}

@@ -4,6 +4,7 @@ A compact checkpoint has the `model_type` and the tensor names of the original m
 
 * fewer experts than router rows in a layer, with an int64 buffer `....experts.alias_map` from row to expert;
 * a number of experts that differs from layer to layer, with or without such a map;
+* experts narrower than the config says, by layer or by expert; in memory they take what their channels take;
 * packed integers instead of a weight: `X.weight_packed`, `X.weight_scale`, `X.weight_shape` for `X.weight`;
 * the same for all experts of a layer, 3-D where the model stacks them on disk: `X_packed` [E, N, W], `X_scale`
   [E, N, G] and `X_shape` [4], the last of which says whether `X` is [E, K, N] (K inputs, N outputs).
@@ -11,7 +12,8 @@ A compact checkpoint has the `model_type` and the tensor names of the original m
 `config.json` says so in `quantization_config`:
 
     {"quant_method": "moecli", "experts": {"<layer>": M}, "rows": E or {"<layer>": R},
-     "packed": what the integers are (this loader sees it in their shapes) or null, "guard": name or null}
+     "packed": what the integers are (this loader sees it in their shapes) or null, "guard": name or null,
+     "widths": {"<layer>": [channels of each expert]}}
 
 Loading it takes `import moecli`, or `trust_remote_code=True` with this file beside the weights: the file
 needs torch and transformers (5.17 to 5.x) only. Packed weights are unpacked while loading, so the model in memory
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +50,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moecli.families.alias import make_alias
+from moecli.families.ragged import narrow_experts
 
 METHOD = "moecli"
 GUARD_BUFFER = "moecli_guard"
@@ -65,6 +68,7 @@ class CompactConfig(QuantizationConfigMixin):
         rows: int | Mapping[str, int],
         packed: Mapping[str, Any] | None = None,
         guard: str | None = None,
+        widths: Mapping[str, Sequence[int]] | None = None,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
@@ -72,6 +76,7 @@ class CompactConfig(QuantizationConfigMixin):
         self.rows = rows if isinstance(rows, int) else {str(layer): int(r) for layer, r in rows.items()}
         self.packed = packed
         self.guard = guard
+        self.widths = {str(layer): [int(width) for width in found] for layer, found in (widths or {}).items()}
 
     def rows_of(self, layer: str) -> int:
         """Router rows of a layer."""
@@ -87,10 +92,12 @@ class CompactQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         blocks = moe_blocks(model)
-        if unknown := sorted(set(config.experts) - set(blocks)):
+        if unknown := sorted({*config.experts, *config.widths} - set(blocks)):
             raise ValueError(f"the checkpoint's config names layers without experts: {', '.join(unknown)}")
         for layer, experts in config.experts.items():
             resize_block(blocks[layer], experts, config.rows_of(layer))
+        for layer, widths in config.widths.items():
+            narrow_experts(blocks[layer].experts, widths)
         if config.guard:
             model.register_buffer(GUARD_BUFFER, torch.empty(0, dtype=torch.uint8, device="meta"))
         self._dtypes = wanted_dtypes(model)
@@ -99,19 +106,27 @@ class CompactQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
         """(conversions) in transformers 5.17, (conversions, model) later."""
         self._originals: dict[int, Any] = {}
-        if not self.quantization_config.packed:
+        config, conversions = self.quantization_config, []
+        if not (config.packed or config.widths):
             return weight_conversions
-        conversions = [guard_renaming(guard)] if (guard := self.quantization_config.guard) else []
         for stock in weight_conversions:
-            ours = [unpacking(stock), *stack_renamings(stock)]
+            ours = [unpacking(stock), *stack_renamings(stock)] if config.packed else [stock]
+            ours[0] = by_width(ours[0]) if config.widths else ours[0]
             self._originals |= {id(conversion): stock for conversion in ours}
             conversions += ours
-        return [*conversions, *packed_stacks(), packed_linears()]
+        if not config.packed:
+            return conversions
+        return [
+            *([guard_renaming(config.guard)] if config.guard else []),
+            *conversions,
+            *packed_stacks(),
+            packed_linears(),
+        ]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if hasattr(model, GUARD_BUFFER):
             delattr(model, GUARD_BUFFER)
-        if self.quantization_config.packed:
+        if self._originals:
             self._forget_packing(model)
         as_stock_would_cast(model, self._dtypes)
         return model
@@ -125,7 +140,8 @@ class CompactQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
+        """Not with several widths in one layer: stock conversions would write its flat tensors as they are."""
+        return all(len(set(widths)) == 1 for widths in self.quantization_config.widths.values())
 
     @property
     def is_trainable(self) -> bool:
@@ -249,6 +265,37 @@ class UnpackWhole(ConversionOps):
         return {full_layer_name: (unpack_stack if packed.dim() == 3 else unpack)(packed, scale, shape)}
 
 
+class ByWidth(ConversionOps):
+    """A converter's operations on the experts of each width; of several, the results follow each other in one flat
+    tensor, widest first, as `narrow_experts` has them.
+    """
+
+    hf_quantizer = True
+
+    def __init__(self, operations: list[ConversionOps]) -> None:
+        self._operations = operations
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Tensor]:
+        """{source pattern: one tensor per expert}"""
+        first = next(iter(input_dict.values()))
+        sizes = [tensor.numel() for tensor in first] if isinstance(first, list) else [1]
+        if len(set(sizes)) == 1 and sizes[0]:
+            return self._merged(input_dict, target_patterns, **kwargs)
+        flat = [first[0].new_empty(0)]
+        for size in sorted({*sizes} - {0}, reverse=True):
+            members = {
+                source: [tensor for tensor, own in zip(tensors, sizes, strict=True) if own == size]
+                for source, tensors in input_dict.items()
+            }
+            flat += [value.flatten() for value in self._merged(members, target_patterns, **kwargs).values()]
+        return {target_patterns[0]: torch.cat(flat)}
+
+    def _merged(self, values: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Tensor]:
+        for operation in self._operations:
+            values = operation.convert(values, target_patterns=target_patterns, **kwargs)
+        return values
+
+
 def packed_linears() -> WeightConverter:
     """Reads every packed weight that no converter of the model claims."""
     return _whole(".weight")
@@ -286,6 +333,14 @@ def unpacking(conversion: Any) -> Any:
         [Unpack(), *conversion.operations],
     )
     return _scoped(changed, conversion)
+
+
+def by_width(conversion: Any) -> Any:
+    """The same converter, merging experts of several widths as well; anything else as it is."""
+    if not isinstance(conversion, WeightConverter):
+        return conversion
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    return _scoped(WeightConverter(list(sources), list(targets), [ByWidth(conversion.operations)]), conversion)
 
 
 def _scoped(changed: Any, conversion: Any) -> Any:

@@ -24,6 +24,7 @@ def compact_config(
     rows: int | Mapping[int, int],
     packed: Mapping[str, Any] | None = None,
     guard: str | None = None,
+    widths: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of a compact checkpoint; `compact_model` says what the keys mean."""
     return {
@@ -32,6 +33,7 @@ def compact_config(
         "rows": rows if isinstance(rows, int) else {str(layer): count for layer, count in rows.items()},
         "packed": dict(packed) if packed else None,
         "guard": guard,
+        "widths": {layer: list(found) for layer, found in (widths or {}).items()},
     }
 
 

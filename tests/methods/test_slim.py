@@ -389,7 +389,7 @@ def test_super_experts_stay_whole(checkpoint, context):
     assert sum(map(sum, kept.values())) == 256
     assert ctx.records["protected"] == {"0": [3]}
     (problem,) = Heapr(ratio=0.5, protect="super_experts", **FINE).problems(model.facts)
-    assert problem.hint == "write `widths: pad`"
+    assert problem.hint == "write `widths: ragged`"
     with pytest.raises(StageFailed, match="channels must stay"):
         heapr(
             Heapr(ratio=0.95, widths="pad", scope="layer", protect="super_experts", **FINE), stats, model, context("b")

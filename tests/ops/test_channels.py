@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecli.ops.channels import budgeted, coverage_scores, keep_channels, refit_down, width_left
+from moecli.ops.channels import Bounds, budgeted, coverage_scores, keep_channels, refit_down, width_left
 
 
 def scores(*rows: list[float]) -> torch.Tensor:
@@ -36,20 +36,20 @@ def test_all_layers_together() -> None:
 
 def test_blocks_floor_and_whole_experts() -> None:
     score = {0: scores([5, 6, 7, 8], [1, 2, 3, 4], [0, 0, 0, 1])}
-    plain = keep_channels(score, 0.5, "global", block=2)[0]
+    plain = keep_channels(score, 0.5, "global", Bounds(block=2))[0]
     assert plain.sum(1).tolist() == [4, 2, 0]
     assert plain[1].tolist() == [False, False, True, True]
-    assert keep_channels(score, 0.5, "global", block=2, floor=1)[0].sum(1).tolist() == [2, 2, 2]
-    assert keep_channels(score, 0.5, "global", block=2, safe={0: [2]})[0].sum(1).tolist() == [2, 0, 4]
-    assert keep_channels(score, 0.5, "expert", block=2, safe={0: [2]})[0].sum(1).tolist() == [2, 2, 4]
+    assert keep_channels(score, 0.5, "global", Bounds(block=2, floor=1))[0].sum(1).tolist() == [2, 2, 2]
+    assert keep_channels(score, 0.5, "global", Bounds(block=2, safe={0: [2]}))[0].sum(1).tolist() == [2, 0, 4]
+    assert keep_channels(score, 0.5, "expert", Bounds(block=2, safe={0: [2]}))[0].sum(1).tolist() == [2, 2, 4]
 
 
 def test_what_cannot_be_kept_is_said() -> None:
     score = {0: scores([1, 2, 3, 4], [1, 2, 3, 4])}
     with pytest.raises(ValueError, match="8 channels must stay, the ratio leaves 4"):
-        keep_channels(score, 0.5, "layer", safe={0: [0, 1]})
+        keep_channels(score, 0.5, "layer", Bounds(safe={0: [0, 1]}))
     with pytest.raises(ValueError, match="blocks of 3 do not divide 4 channels"):
-        keep_channels(score, 0.5, "layer", block=3)
+        keep_channels(score, 0.5, "layer", Bounds(block=3))
     score[0][1, 2] = torch.nan
     with pytest.raises(ValueError, match="score of channel 2 of expert 1 in layer 0 is NaN"):
         keep_channels(score, 0.5, "expert")
@@ -64,7 +64,7 @@ def test_the_choice_is_the_best_and_never_above_the_budget(data: st.DataObject) 
     values = data.draw(st.lists(st.integers(0, 9), min_size=experts * width, max_size=experts * width))
     ratio = data.draw(st.sampled_from([0.2, 0.25, 0.4, 0.5, 0.6, 0.75]))
     score_EF = torch.tensor(values, dtype=torch.float64).view(experts, width)
-    kept_EF = keep_channels({0: score_EF}, ratio, "global", block=block)[0]
+    kept_EF = keep_channels({0: score_EF}, ratio, "global", Bounds(block=block))[0]
     budget = math.floor(experts * width * (1 - ratio) + 1e-9)
     assert budget - block < int(kept_EF.sum()) <= budget
     assert all(count % block == 0 for count in kept_EF.sum(1).tolist())

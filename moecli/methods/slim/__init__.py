@@ -5,8 +5,12 @@ Shared experts and dense layers are left alone. What is written:
 
 * `widths: uniform`: every expert keeps its best channels, as many as all others, and the config says the new width:
   loads everywhere. Only choices inside an expert are possible (`scope: expert`).
+* `widths: per_layer`: one width in each layer, chosen by `ops.channels.layer_widths` so that the largest sum of scores
+  stays. A compact model: it loads with `import moecli` or the file beside it, its layers are stock modules.
+* `widths: ragged`: any width in any expert. A compact model; once loaded it takes what its channels take, and runs the
+  experts of each width together (`families.ragged`). Not for families whose files stack the experts of a layer.
 * `widths: pad`: any number a layer or an expert; what goes is set to zero and the shapes stay: loads everywhere and
-  computes exactly what the narrower experts would, but takes no byte less. To see what a scope is worth.
+  computes exactly what the narrower experts would, but takes no byte less.
 
 `repair: least_squares` then refits `down` on the calibration tokens, in closed form (`ops.channels.refit_down`): the
 kept channels take over what the dropped ones contributed, as far as they are correlated. Its Gram counts each token by
@@ -19,9 +23,10 @@ Source of the repair: MoDeGPT (arXiv 2408.09632), its type I, there for dense mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -32,8 +37,16 @@ from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import Options
-from moecli.families import family_of, forecast_width, width_config, width_problem
-from moecli.ops.channels import Scope, keep_channels, refit_down, width_left
+from moecli.families import (
+    family_of,
+    forecast_width,
+    forecast_widths,
+    width_config,
+    width_problem,
+    widths_config,
+    widths_problem,
+)
+from moecli.ops.channels import Bounds, Scope, keep_channels, refit_down, total_left, width_left
 from moecli.ops.super_experts import super_experts
 
 Scores = Mapping[int, Tensor]
@@ -48,8 +61,9 @@ class Slim(Options):
 
     ratio: Annotated[float, Field(gt=0, lt=1)]
     """Part of the routed experts' channels that goes."""
-    widths: Literal["uniform", "pad"] = "uniform"
-    """`uniform` leaves one width in all experts and writes smaller tensors; `pad` leaves any, and writes zeros."""
+    widths: Literal["uniform", "per_layer", "ragged", "pad"] = "uniform"
+    """One width for all experts (`uniform`), one for those of each layer (`per_layer`), or any: as narrow tensors
+    (`ragged`) or with zeros in tensors of the old shapes (`pad`). `per_layer` and `ragged` make a compact model."""
     scope: Scope = "expert"
     """Among which channels the lowest scores go: inside each `expert`, each `layer`, or all layers (`global`)."""
     align: PositiveInt = 128
@@ -57,6 +71,10 @@ class Slim(Options):
     up, other scopes hold the total and round down."""
     floor: NonNegativeInt = 0
     """Channels that every expert keeps at least, rounded up to `align`. Without, other scopes may empty experts."""
+    ceiling: PositiveInt | None = None
+    """Channels that every expert keeps at most, rounded down to `align`. Super Experts that are protected keep all."""
+    layer_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of its channels that each layer keeps at least under `scope: global`."""
     protect: Literal["super_experts", "none"] = "none"
     """`super_experts` leaves the few experts whole that carry massive activations (arXiv 2507.23279)."""
     repair: Literal["least_squares", "none"] = "none"
@@ -71,20 +89,55 @@ class Slim(Options):
             yield Problem("align", f"`align: {self.align}` does not divide the experts' {width} channels",
                           hint=f"write `align: {fitting}`")  # fmt: skip
             return
-        left = width_left(width, self.ratio, self.align)
-        if self.widths == "pad":
-            if model.quantized:  # `uniform` is told by its forecast
-                yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read",
-                              hint="move this stage above the `quantize/...` stage")  # fmt: skip
+        yield from self._bound_problems(model)
+        if self.widths == "uniform":
+            yield from self._uniform_problems(model)
             return
+        if model.quantized:  # `uniform` is told by its forecast
+            yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read",
+                          hint="move this stage above the `quantize/...` stage")  # fmt: skip
+        if self.widths == "per_layer" and self.scope != "global":
+            yield Problem("scope", f"`scope: {self.scope}` leaves all layers as wide, `per_layer` lets them differ",
+                          hint="write `scope: global`")  # fmt: skip
+        if self.widths == "ragged" and (problem := widths_problem(model)):
+            yield Problem("widths", problem.message, hint="write `widths: per_layer` and `scope: global`")
+
+    def _bound_problems(self, model: ModelFacts) -> Iterator[Problem]:
+        """Bounds that no choice can keep, whatever the scores."""
+        width, left = model.expert_width, width_left(model.expert_width, self.ratio, self.align)
+        least = math.ceil(self.floor / self.align) * self.align
+        most = width if self.ceiling is None else min(width, self.ceiling // self.align * self.align)
+        mean = left if self.scope == "expert" else width * (1 - self.ratio)
+        if least > width or (self.scope != "expert" and least > mean):
+            yield Problem("floor", f"`ratio` leaves an expert {mean:.4g} of {width} channels on average, the floor is "
+                          f"{least}", hint="lower `ratio` or `floor`")  # fmt: skip
+        if most < (needed := max(least, mean)):
+            yield Problem("ceiling", f"experts may keep {most} channels, and {needed:.4g} on average must stay",
+                          hint="raise `ceiling`")  # fmt: skip
+        if self.layer_floor and self.scope != "global":
+            yield Problem("layer_floor", f"`scope: {self.scope}` leaves every layer its share already",
+                          hint="leave it out, or write `scope: global`")  # fmt: skip
+        elif self.layer_floor > 1 - self.ratio:
+            yield Problem("layer_floor", f"layers would keep {self.layer_floor:.4g} of their channels, `ratio` leaves "
+                          f"{1 - self.ratio:.4g}", hint="lower `ratio` or `layer_floor`")  # fmt: skip
+        if self.scope != "expert" and not self._blocks(model):
+            yield Problem("align", f"`align: {self.align}` leaves no block of the channels that stay",
+                          hint="lower `ratio` or `align`")  # fmt: skip
+
+    def _uniform_problems(self, model: ModelFacts) -> Iterator[Problem]:
+        left = width_left(model.expert_width, self.ratio, self.align)
+        free = f"write `widths: {'pad' if widths_problem(model) else 'ragged'}`"
         if self.scope != "expert":
             yield Problem("scope", f"`scope: {self.scope}` leaves experts of different widths, `uniform` means one",
-                          hint="write `widths: pad`")  # fmt: skip
+                          hint=free)  # fmt: skip
         if self.protect != "none":
-            yield Problem("protect", "one width for all experts leaves none whole", hint="write `widths: pad`")
-        if left == width:
-            yield Problem("ratio", f"`align: {self.align}` rounds what is left of {width} channels up to all of them",
-                          hint=f"write `align: {_finer(width, self.ratio)}`")  # fmt: skip
+            yield Problem("protect", "one width for all experts leaves none whole", hint=free)
+        if self.floor > left:
+            yield Problem("floor", f"`uniform` leaves {left} channels in each expert, fewer than the floor",
+                          hint=f"lower `ratio`, or write `floor: {left}` or less")  # fmt: skip
+        if left == model.expert_width:
+            yield Problem("ratio", f"`align: {self.align}` rounds what is left of {left} channels up to all of them",
+                          hint=f"write `align: {_finer(left, self.ratio)}`")  # fmt: skip
         elif problem := width_problem(model, left):
             yield Problem("ratio", problem.message, hint=self._legal(model))
 
@@ -98,7 +151,42 @@ class Slim(Options):
     def forecast(self, model: ModelSketch) -> ModelSketch:
         if self.widths == "pad":
             return model
-        return forecast_width(model, width_left(model.facts.expert_width, self.ratio, self.align))
+        if self.widths == "uniform":
+            return forecast_width(model, width_left(model.facts.expert_width, self.ratio, self.align))
+        return forecast_widths(model, self._even_widths(model))
+
+    def _even_widths(self, model: ModelSketch) -> dict[int, list[int]]:
+        """Some widths that this stage may choose, as even as they come: those it chooses have the same bytes, but for
+        experts that stay beside the ratio (`protect` under `scope: expert`).
+        """
+        family, facts = family_of(model.config), model.facts
+        experts = {layer: family.experts_in(layer) for layer in facts.moe_layers}
+        if self.scope == "expert":
+            return {layer: [width_left(facts.expert_width, self.ratio, self.align)] * e for layer, e in experts.items()}
+        blocks = self._blocks(facts)
+        if self.widths == "per_layer":
+            heights = _spread(blocks // facts.experts, len(experts))
+            return {layer: [h * self.align] * e for (layer, e), h in zip(experts.items(), heights, strict=True)}
+        if self.scope == "layer":
+            counts = {e: total_left(e * facts.expert_width, self.ratio, self.align) for e in experts.values()}
+            heights = [height for e in experts.values() for height in _spread(counts[e], e)]
+        else:
+            heights = _spread(blocks, sum(experts.values()))
+        parts = iter(heights)
+        return {layer: [next(parts) * self.align for _ in range(e)] for layer, e in experts.items()}
+
+    def _blocks(self, facts: ModelFacts) -> int:
+        """Blocks that stay in the largest part among which this scope chooses."""
+        layers = len(facts.moe_layers) if self.scope == "global" else 1
+        return total_left(layers * facts.experts * facts.expert_width, self.ratio, self.align)
+
+    def bounds(self, safe: Mapping[int, Sequence[int]]) -> Bounds:
+        return Bounds(self.align, self.floor, self.ceiling, self.layer_floor, safe)
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    """A total in nearly equal parts."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _finer(width: int, ratio: float) -> int:
@@ -182,12 +270,11 @@ def drop_channels(
         )
     safe = _protected(stats, model, opt, ctx)
     try:
-        kept = keep_channels(score, opt.ratio, opt.scope, block=opt.align, floor=opt.floor, safe=safe)
+        kept = keep_channels(score, opt.ratio, opt.scope, opt.bounds(safe), one_width=opt.widths == "per_layer")
     except ValueError as problem:
         raise StageFailed(str(problem), hint=_hint(str(problem))) from problem
-    family, uniform = family_of(model.config), opt.widths == "uniform"
-    width = width_left(model.facts.expert_width, opt.ratio, opt.align)
-    config = width_config(model.config, width) if uniform else model.config
+    family = family_of(model.config)
+    config, cut = _form(model, kept, opt)
     repaired = _Repair(stats, opt, ctx.device)
     with ctx.writer(model, config=config) as out:
         for layer in ctx.track(model.facts.moe_layers, "dropping channels"):
@@ -198,14 +285,24 @@ def drop_channels(
                 if mean is not None and opt.repair == "none":
                     experts = _with_mean(experts, kept_EF, mean[layer])
                 experts = experts._replace(down_DF=repaired.down(layer, experts.down_DF, kept_EF))
-                cut = _taken if uniform else _zeroed
-                family.write_experts(part, model, layer, [_one(cut(experts, kept_EF), e) for e in range(len(kept_EF))])
+                family.write_experts(part, model, layer, cut(experts, kept_EF))
 
             out.part(f"layer-{layer:03d}", write)
-        if uniform:
+        if opt.widths != "pad":
             out.part("mtp", lambda part: family.drop_mtp(part, model))
     _report(kept, stats, opt, ctx)
     return out.checkpoint
+
+
+def _form(
+    model: Checkpoint, kept: Mapping[int, Tensor], opt: Slim
+) -> tuple[Mapping[str, Any], Callable[[ExpertWeights, Tensor], list[ExpertWeights]]]:
+    """The config of what is written, and how the experts of a layer [E, ...] become those that are written."""
+    if opt.widths == "pad":
+        return model.config, _zeroed
+    if opt.widths == "uniform":
+        return width_config(model.config, width_left(model.facts.expert_width, opt.ratio, opt.align)), _taken
+    return widths_config(model.config, {layer: kept_EF.sum(1).tolist() for layer, kept_EF in kept.items()}), _taken
 
 
 def _protected(stats: CalibrationStats | None, model: Checkpoint, opt: Slim, ctx: Context) -> dict[int, list[int]]:
@@ -255,25 +352,19 @@ def _enough(count_E: Tensor, kept_EF: Tensor) -> Tensor:
     return (count_E >= 2 * left_E) & (left_E < kept_EF.shape[1])
 
 
-def _taken(experts: ExpertWeights, kept_EF: Tensor) -> ExpertWeights:
-    """The kept channels in their old order; every expert keeps as many."""
-    width = int(kept_EF[0].sum())
-    index_EK = kept_EF.nonzero()[:, 1].view(len(kept_EF), width)
+def _taken(experts: ExpertWeights, kept_EF: Tensor) -> list[ExpertWeights]:
+    """The kept channels of each expert in their old order."""
 
-    def rows(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        index = index_EK if value.dim() == 2 else index_EK[..., None].expand(-1, -1, value.shape[2])
-        return value.gather(1, index)
+    def one(expert: int) -> ExpertWeights:
+        kept = kept_EF[expert].nonzero()[:, 0]
+        w = _one(experts, expert)
+        rows = (None if value is None else value[kept] for value in (w.gate_bias_F, w.up_bias_F))
+        return ExpertWeights(w.gate_FD[kept], w.up_FD[kept], w.down_DF[:, kept], *rows, w.down_bias_D)
 
-    down = experts.down_DF.gather(2, index_EK[:, None].expand(-1, experts.down_DF.shape[1], -1))
-    return ExpertWeights(
-        rows(experts.gate_FD), rows(experts.up_FD), down,
-        rows(experts.gate_bias_F), rows(experts.up_bias_F), experts.down_bias_D,
-    )  # fmt: skip
+    return [one(expert) for expert in range(len(kept_EF))]
 
 
-def _zeroed(experts: ExpertWeights, kept_EF: Tensor) -> ExpertWeights:
+def _zeroed(experts: ExpertWeights, kept_EF: Tensor) -> list[ExpertWeights]:
     """All channels in their places, those that go with zeros for weights and biases."""
     gone_EF = ~kept_EF
 
@@ -282,10 +373,11 @@ def _zeroed(experts: ExpertWeights, kept_EF: Tensor) -> ExpertWeights:
             return None
         return value.masked_fill(gone_EF if value.dim() == 2 else gone_EF[..., None], 0)
 
-    return ExpertWeights(
+    zeroed = ExpertWeights(
         rows(experts.gate_FD), rows(experts.up_FD), experts.down_DF.masked_fill(gone_EF[:, None], 0),
         rows(experts.gate_bias_F), rows(experts.up_bias_F), experts.down_bias_D,
     )  # fmt: skip
+    return [_one(zeroed, expert) for expert in range(len(kept_EF))]
 
 
 def _with_mean(experts: ExpertWeights, kept_EF: Tensor, mean_EF: Tensor) -> ExpertWeights:
