@@ -40,6 +40,7 @@ from moecli.engine.collectors import Collector, Grouped, collectors
 from moecli.engine.data import Batch
 from moecli.engine.fetch import fetched
 from moecli.engine.flow import Flow, moved
+from moecli.engine.fused import inner_of
 from moecli.engine.loader import Loader
 from moecli.engine.memory import (
     DEVICE_SHARE,
@@ -52,6 +53,7 @@ from moecli.engine.memory import (
     plan_for,
     sizes_of,
 )
+from moecli.engine.probe import run_experts, update
 from moecli.engine.pullback import Routed, differentiable
 from moecli.engine.ranks import ALONE, Ranks, combined
 from moecli.engine.sweep import Sweep, SweptLayer, Track, _shape
@@ -259,7 +261,8 @@ class BackLayer:
         self._made: list[Tensor] | None = None
 
     def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
-        """Statistics of gradients over all batches; counts and gate sums are always among them.
+        """Statistics of gradients over all batches; counts and gate sums are always among them. Collectors that need
+        the `slope` are shown what a forward sweep shows, and it.
 
         StageFailed for a dense layer, or experts whose way back is not known.
         """
@@ -312,11 +315,14 @@ class BackLayer:
         for collector in (*always, *wanted):
             collector.start(self.shape, self._flow.device)
         seen, made = self._flow.text.first, []
-        with differentiable(self.module, self.parts, keep=bool(wanted)) as routed:
+        sloped = [collector for collector in wanted if "slope" in collector.needs]
+        pulled = [collector for collector in wanted if collector not in sloped]
+        with differentiable(self.module, self.parts, keep=bool(pulled)) as routed:
             for i, state in enumerate(self._states()):
                 made.append(self._flow.shelf.put(i, self._pull(i, state)))
                 if always and routed is not None:
-                    seen += self._update(always, wanted, routed, self._flow.run(self.index, i).rows, seen)
+                    rows, slope = self._flow.run(self.index, i).rows, self._flow.here(i) if sloped else None
+                    seen += self._update([*always, *sloped], pulled, routed, rows, seen, slope)
         self._made = made
 
     def _pull(self, index: int, state: Tensor) -> Tensor:
@@ -329,8 +335,9 @@ class BackLayer:
 
     @torch.no_grad()
     def _update(
-        self, always: Sequence[Collector], wanted: Sequence[Collector], routed: Routed, rows: Tensor | None, seen: int
-    ) -> int:
+        self, grouped: Sequence[Collector], wanted: Sequence[Collector], routed: Routed, rows: Tensor | None, seen: int,
+        slope: Tensor | None,
+    ) -> int:  # fmt: skip
         """Feed the collectors with tokens that statistics count (`rows`; None: all); returns their number."""
         if wanted:
             pulled = routed.take()
@@ -338,17 +345,18 @@ class BackLayer:
             for collector in wanted:
                 collector.update(pulled)
         hidden, choice, index, weight = (x if rows is None else x.index_select(0, rows) for x in routed.seen)
+        if slope is not None:
+            slope = slope.reshape(-1, slope.shape[-1])
+            slope = slope if rows is None else slope.index_select(0, rows)
+        experts = self.parts.experts
         some = Grouped(
             shape=self.shape, hidden_TD=hidden, index_Tk=index, weight_Tk=weight, choice_Tk=choice,
-            alias_E=routed.alias_E, token_T=torch.arange(seen, seen + len(hidden)), run_experts=_none, run_inner=_none,
+            alias_E=routed.alias_E, token_T=torch.arange(seen, seen + len(hidden)), slope_TD=slope,
+            run_experts=lambda x_SD, expert_S: run_experts(experts, x_SD, expert_S),
+            run_inner=lambda x_SD, expert_S: inner_of(experts, x_SD, expert_S),
         )  # fmt: skip
-        for collector in always:
-            collector.update(some)
+        update(grouped, some)
         return len(hidden)
-
-
-def _none(x_SD: Tensor, expert_S: Tensor) -> Tensor:
-    raise RuntimeError("outputs of experts are not there on the way back")
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -47,7 +47,7 @@ class FusedLayer:
     """
 
     def __init__(self, parts: adapter.MoeParts | None, keep: bool, inner: bool = False) -> None:
-        self.experts = parts.experts if parts is not None and _is_plain(parts.experts) else None
+        self.experts = parts.experts if parts is not None and is_plain(parts.experts) else None
         self._keep, self._inner, self._visits = keep, inner, None
 
     def take(self) -> Visits | None:
@@ -151,7 +151,7 @@ def suits(tensor: Tensor) -> bool:
 # --- what fits ------------------------------------------------------------------------------------
 
 
-def _is_plain(experts: nn.Module) -> bool:
+def is_plain(experts: nn.Module) -> bool:
     """Gate and up in one [E, 2F, D], down in [E, D, F], no biases, nothing after; sizes in steps of 16 bytes."""
     up, down = (getattr(experts, name, None) for name in ("gate_up_proj", "down_proj"))
     if not isinstance(up, Tensor) or not isinstance(down, Tensor) or up.dim() != 3 or down.dim() != 3:

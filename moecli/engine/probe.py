@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moecli.core.errors import StageFailed
 from moecli.engine.collectors import CATALOGUE, Collector, Grouped, LayerShape, needs_of
-from moecli.engine.fused import FusedLayer, inner_of, outputs_of
+from moecli.engine.fused import FusedLayer, inner_of, is_plain, outputs_of
 from moecli.families import adapter
 from moecli.families.alias import ALIAS_MAP
 
@@ -98,11 +98,10 @@ class Probe:
         index, weight = _coalesced(experts, choice, pick(self.weight))
         scale = getattr(self._layer, "residual_multiplier", 1.0)
         alias_E, visits = getattr(experts, ALIAS_MAP, None), fast.take()
-        run = outputs_of if fast.experts is not None else _run_experts
         return Grouped(
             shape=shape, hidden_TD=hidden, index_Tk=index, weight_Tk=weight,
             token_T=torch.arange(seen, seen + len(hidden)),
-            run_experts=lambda x_SD, expert_S: run(experts, x_SD, expert_S),
+            run_experts=lambda x_SD, expert_S: run_experts(experts, x_SD, expert_S),
             run_inner=lambda x_SD, expert_S: inner_of(experts, x_SD, expert_S),
             choice_Tk=choice, alias_E=alias_E,
             before_Tk=None if before_Tk is None else before_Tk[: len(hidden)],
@@ -169,14 +168,16 @@ def _chunks(seen: Grouped, values_per_token: int, held: bool) -> Iterator[Groupe
 
 _PER_TOKEN = (
     "hidden_TD", "index_Tk", "weight_Tk", "token_T", "choice_Tk", "before_Tk", "logits_TE", "residual_TD", "routed_TD",
-    "block_TD",
+    "block_TD", "slope_TD",
 )  # fmt: skip
 
 
-def _run_experts(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
-    """Un-gated y of each row by the stock module: one slot of weight 1. Alias modules are entered below
-    their map.
+def run_experts(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
+    """Un-gated y of each row, rows sorted by expert: grouped where that fits, else by the stock module with one slot of
+    weight 1. Alias modules are entered below their map.
     """
+    if is_plain(experts):
+        return outputs_of(experts, x_SD, expert_S)
     stock = getattr(type(experts), "stock", type(experts))
     one = torch.ones(len(x_SD), 1, dtype=x_SD.dtype, device=x_SD.device)
     index_S1 = expert_S.clamp(max=experts.num_experts - 1).long()[:, None]

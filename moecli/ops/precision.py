@@ -11,7 +11,8 @@ the top k are renormalized), and eps_b the norm of the layer's output error when
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from moecli.ops.budget import Item, Level, Problem
 
@@ -37,14 +38,29 @@ def pmq_cost(
     ]
 
 
-def pmq_problem(cost_E: Sequence[Mapping[int, float]], total_bits: int) -> Problem:
-    """One layer: the experts' bits sum to `total_bits` at most, with one expert or more at the highest number of bits
-    and at the one below it.
+def bits_problem(
+    cost: Mapping[int, Sequence[Mapping[int, float]]],
+    total: int,
+    share: Literal["expert", "layer", "model"] = "expert",
+    upper_two: bool = False,
+) -> Problem:
+    """Experts of some layers, {layer: {bits: cost} of each}, whose bits sum to `total` at most.
 
-    Items are called "0", "1", ... and every expert has the same levels.
+    Items are called "<layer>.<expert>"; `share` is what has one number of bits. `upper_two`: every layer has one expert
+    or more at the highest number of bits and at the one below it.
     """
-    levels = sorted(set.intersection(*(set(cost) for cost in cost_E)))
+    ties: Mapping[str, Callable[[int], str | None]] = {
+        "expert": lambda layer: None, "layer": lambda layer: f"layer {layer}", "model": lambda layer: "model",
+    }  # fmt: skip
     items = tuple(
-        Item(str(expert), tuple(Level(bits, bits, cost[bits]) for bits in levels)) for expert, cost in enumerate(cost_E)
+        Item(
+            f"{layer}.{expert}",
+            tuple(Level(b, b, c) for b, c in sorted(of_bits.items())),
+            str(layer),
+            ties[share](layer),
+        )
+        for layer, experts in cost.items()
+        for expert, of_bits in enumerate(experts)
     )
-    return Problem(items, total_bits, at_least=dict.fromkeys(levels[-2:], 1))
+    levels = sorted({level.key for item in items for level in item.levels})
+    return Problem(items, total, at_least=dict.fromkeys(levels[-2:], 1) if upper_two else {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moecli.ops.budget import dynamic, integer_program
-from moecli.ops.precision import pmq_cost, pmq_problem
+from moecli.ops.precision import bits_problem, pmq_cost
 
 GOLDEN = next(
     (
@@ -27,8 +27,17 @@ def test_the_cost_by_hand():
 
 def test_a_layer_has_both_upper_widths():
     cost = [{1: 1.0, 2: 0.9, 3: 0.8}, {1: 9.0, 2: 1.0, 3: 0.1}, {1: 5.0, 2: 4.0, 3: 0.5}]
-    assert dynamic(pmq_problem(cost, 6)).choice == {"0": 1, "1": 2, "2": 3}
-    assert dynamic(pmq_problem(cost, 9)).choice == {"0": 2, "1": 3, "2": 3}
+    assert dynamic(bits_problem({4: cost}, 6, upper_two=True)).choice == {"4.0": 1, "4.1": 2, "4.2": 3}
+    assert dynamic(bits_problem({4: cost}, 9, upper_two=True)).choice == {"4.0": 2, "4.1": 3, "4.2": 3}
+    assert dynamic(bits_problem({4: cost}, 9)).choice == {"4.0": 3, "4.1": 3, "4.2": 3}
+
+
+def test_layers_and_models_may_share_their_bits():
+    cost = {0: [{2: 9.0, 4: 0.0}, {2: 1.0, 4: 0.0}], 1: [{2: 4.0, 4: 0.0}, {2: 5.0, 4: 0.0}]}
+    assert dynamic(bits_problem(cost, 12)).choice == {"0.0": 4, "0.1": 2, "1.0": 2, "1.1": 4}
+    assert dynamic(bits_problem(cost, 12, "layer")).choice == {"0.0": 4, "0.1": 4, "1.0": 2, "1.1": 2}
+    assert set(dynamic(bits_problem(cost, 15, "model")).choice.values()) == {2}
+    assert set(dynamic(bits_problem(cost, 16, "model")).choice.values()) == {4}
 
 
 def agreeing(exponents, solve, every=1):
@@ -42,7 +51,8 @@ def agreeing(exponents, solve, every=1):
         ]
         cost = pmq_cost(golden["frequency"][layer], golden["weight"][layer], eps, exponents)
         for budget, maps in golden["bits"].items():
-            same += solve(pmq_problem(cost, int(budget))).choice == maps[layer]
+            choice = solve(bits_problem({0: cost}, int(budget), upper_two=True)).choice
+            same += choice == {f"0.{expert}": bits for expert, bits in maps[layer].items()}
             total += 1
     return same, total
 

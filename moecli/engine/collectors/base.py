@@ -13,11 +13,14 @@ from torch import Tensor
 from moecli.core.model import ScoreRule
 from moecli.engine.collectors.grouped import Grouped
 
-Need = Literal["outputs", "inner", "all_sums", "all_outputs", "logits", "residual", "block", "before", "gradients"]
+Need = Literal[
+    "outputs", "inner", "all_sums", "all_outputs", "logits", "residual", "block", "before", "slope", "gradients"
+]  # fmt: skip
 """What a collector reads of `Grouped`: `outputs` routed y, `inner` what the down projections of routed experts take,
 `all_sums` sums over tokens of what every expert makes of every token (E/k times the work), `all_outputs` each of these
 outputs, `logits` router logits, `residual` the stream before the block and the routed sum, `block` what the whole block
-adds, `before` the experts of the layer before. `gradients` are not in `Grouped`: a backward sweep finds them
+adds, `before` the experts of the layer before, `slope` the loss's gradient at the layer's output, of a backward
+sweep. `gradients` are not in `Grouped`: a backward sweep finds them
 (`engine.pullback.Pulled`).
 """
 Reduce = Literal["sum", "max", "sample", "trace"]

@@ -55,6 +55,8 @@ class Grouped:
     """sum over A_t of g*y, as the model adds it to the stream"""
     block_TD: Tensor | None = None
     """the same with shared experts, where the family has them"""
+    slope_TD: Tensor | None = None
+    """dl/d(output of the decoder layer), on the way back only"""
     visits: Visits | None = None
     """What the layer's own pass through the experts left, padding among it; None: outputs are computed anew"""
     place_Tk: Tensor | None = None
