@@ -1,15 +1,22 @@
-"""compressed-tensors `pack-quantized`: the names and the config that transformers and vLLM read.
+"""compressed-tensors: the names and the config that transformers and vLLM read.
 
-For a linear `X` with weight [N, K], b bits and groups of g columns:
+`pack-quantized`, for a linear `X` with weight [N, K], b bits and groups of g columns:
 
     X.weight_packed   int32 [N, ceil(K*b/32)]   dense little-endian stream of code + 2^(b-1)
     X.weight_scale    model dtype [N, K/g]      ([N, 1] with one scale for each output channel)
     X.weight_shape    int64 [2] = [N, K]
 
-Symmetric integers only. Sources: compressed-tensors 0.18 to 0.20 (dense packing of odd widths since 0.18) and
-transformers' `integrations/compressed_tensors.py`.
+Symmetric integers only. Two forms for small floats, whose inputs stay as they are:
 
-No stock reader has a form for a tensor that holds all experts of a layer. For those, `X` 3-D and E experts of
+    float-quantized        X.weight          float8_e4m3fn [N, K]
+                           X.weight_scale    model dtype [N, 1], or [ceil(N/128), ceil(K/128)] in blocks
+    mxfp4-pack-quantized   X.weight_packed   uint8 [N, K/2]    two e2m1 codes a byte, the first in the low half
+                           X.weight_scale    uint8 [N, K/32]   exponent of a power of two, plus 127
+
+Sources: compressed-tensors 0.18 to 0.20 (dense packing of odd widths since 0.18) and transformers'
+`integrations/compressed_tensors.py`. Who reads which of them rightly: `io.servable`.
+
+No stock reader has a packed form for a tensor that holds all experts of a layer. For those, `X` 3-D and E experts of
 [N, K] in it, there is a form of our own, which only compact exports hold (`runner.export` sees to that):
 
     X_packed   int32 [E, N, ceil(K*b/32)]   as above, expert by expert; X keeps its name, `.weight` in it or not
@@ -37,18 +44,27 @@ from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.servable import CHANNEL, Format
 from moecli.ops.correction import corrected
+from moecli.ops.floats import BLOCK, MX_GROUP
 from moecli.ops.pack import pack_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+METHOD = "compressed-tensors"
+LAYOUTS: Mapping[Format, str] = {
+    "int": "pack-quantized",
+    "fp8": "float-quantized",
+    "fp8_block": "float-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+}
+"""Formats that we write and read, and what compressed-tensors calls their layouts."""
+FLOATS: Mapping[Format, tuple[int, int]] = {"fp8": (8, CHANNEL), "fp8_block": (8, BLOCK), "mxfp4": (4, MX_GROUP)}
+"""Bits and group size of the formats that have no choice of them."""
 VERSION = "0.18.0"
 """First release that packs 3-bit codes as we do; 2, 4 and 8 bits are the same in all."""
-CHANNEL = -1
-"""As a group size: one scale for each output channel."""
 
 
 class PackedNames(NamedTuple):
@@ -66,6 +82,7 @@ class Group(NamedTuple):
     """Exact module names, or `re:` patterns."""
     bits: int
     group_size: int
+    format: Format = "int"
 
 
 def packed_names(weight_name: str) -> PackedNames:
@@ -91,11 +108,15 @@ def corrected_weights(names: Iterable[str]) -> set[str]:
 
 
 def quantization_config(
-    bits: int, group_size: int, ignore: Sequence[str] = (), extra_groups: Sequence[Group] = ()
+    bits: int,
+    group_size: int,
+    ignore: Sequence[str] = (),
+    extra_groups: Sequence[Group] = (),
+    format: Format = "int",
 ) -> dict[str, Any]:
     """The `quantization_config` entry of config.json. `group_size` CHANNEL means one scale a row.
 
-    Every linear gets `bits` and `group_size`, unless it is in `ignore` (module names on disk, or `re:`
+    Every linear gets `bits` and `group_size` in this `format`, unless it is in `ignore` (module names on disk, or `re:`
     patterns: each router, lm_head) or in one of `extra_groups`. ValueError for an extra group whose `re:`
     pattern contains "experts": transformers would take it for the scheme of the routed experts.
     """
@@ -103,10 +124,11 @@ def quantization_config(
         for target in group.targets:
             if target.startswith("re:") and "experts" in target:
                 raise ValueError(f"`{target}` would be read as the routed experts' scheme; write `expert[s]` in it")
-    groups = [Group(["Linear"], bits, group_size), *extra_groups]
+    groups = [Group(["Linear"], bits, group_size, format), *extra_groups]
+    layouts = {LAYOUTS[group.format] for group in groups}
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": _group(*group) for i, group in enumerate(groups)},
         "ignore": list(ignore),
@@ -118,22 +140,25 @@ def quantization_config(
     }
 
 
-def _group(targets: Sequence[str], bits: int, group_size: int) -> dict[str, Any]:
-    weights = {
+def _group(targets: Sequence[str], bits: int, group_size: int, format: Format) -> dict[str, Any]:
+    strategy = "channel" if group_size == CHANNEL else "block" if format == "fp8_block" else "group"
+    weights: dict[str, Any] = {
         "num_bits": bits,
-        "type": "int",
+        "type": "int" if format == "int" else "float",
         "symmetric": True,
-        "strategy": "channel" if group_size == CHANNEL else "group",
-        "group_size": None if group_size == CHANNEL else group_size,
+        "strategy": strategy,
+        "group_size": group_size if strategy == "group" else None,
         "dynamic": False,
         "actorder": None,
     }
+    if strategy == "block":
+        weights["block_structure"] = [group_size, group_size]
     return {
         "targets": list(targets),
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": LAYOUTS[format],
     }
 
 
@@ -154,11 +179,28 @@ def packed_specs(
     }
 
 
+def float_specs(weight_name: str, spec: TensorSpec, format: Format) -> dict[str, TensorSpec]:
+    """What stands on disk for a weight [N, K] of this spec as small floats."""
+    names, (rows, columns) = packed_names(weight_name), spec.shape
+    if format == "mxfp4":
+        scale = TensorSpec("uint8", (rows, columns // MX_GROUP))
+        return {names.packed: TensorSpec("uint8", (rows, columns // 2)), names.scale: scale}
+    blocks = (-(-rows // BLOCK), -(-columns // BLOCK)) if format == "fp8_block" else (rows, 1)
+    return {weight_name: TensorSpec("float8_e4m3fn", spec.shape), names.scale: TensorSpec(spec.dtype, blocks)}
+
+
 def unpacked_spec(
     weight_name: str, specs: Mapping[str, TensorSpec], schemes: Sequence[Group], transposed: bool = False
 ) -> TensorSpec:
-    """Inverse of `packed_specs`: the weight, from the specs of what stands on disk and the config's schemes."""
+    """Inverse of `packed_specs` and `float_specs`: the weight, from the specs of what stands on disk and the config's
+    schemes. MXFP4 does not say its dtype: bfloat16, which stock loaders read it as.
+    """
     names, scheme = packed_names(weight_name), scheme_of(weight_name, schemes)
+    if scheme.format == "mxfp4":
+        rows, halves = specs[names.packed].shape
+        return TensorSpec("bfloat16", (rows, 2 * halves))
+    if scheme.format != "int":
+        return TensorSpec(specs[names.scale].dtype, specs[weight_name].shape)
     packed, scale = specs[names.packed], specs[names.scale]
     per_scale = scheme.group_size if scheme.group_size != CHANNEL else packed.shape[-1] * 32 // scheme.bits
     shape = (*packed.shape[:-1], scale.shape[-1] * per_scale)
@@ -194,6 +236,15 @@ def put_words(
     part.put(names.shape, torch.tensor(shape, dtype=torch.int64))
 
 
+def put_floats(part: PartWriter, weight_name: str, codes: Tensor, scale: Tensor, format: Format) -> None:
+    """Write what `ops.floats` made of a 2-D weight in place of it."""
+    names = packed_names(weight_name)
+    if format == "mxfp4":
+        part.drop(weight_name, "packed to MXFP4")
+    part.put(names.packed if format == "mxfp4" else weight_name, codes)
+    part.put(names.scale, scale)
+
+
 def _logical(shape: Sequence[int], transposed: bool) -> tuple[int, ...]:
     """[..., N, K] from the shape on disk."""
     return (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
@@ -205,8 +256,24 @@ def is_packed(checkpoint: Checkpoint, weight_name: str) -> bool:
 
 
 def packed_weights(names: Iterable[str]) -> set[str]:
-    """The weights that these on-disk names hold packed."""
-    return {name.removesuffix("_packed") for name in names if name.endswith("_packed")}
+    """The weights that these on-disk names hold packed, or as FP8 beside a scale."""
+    known = set(names)
+    beside = {name.removesuffix("_scale") for name in known if name.endswith(".weight_scale")}
+    return {name.removesuffix("_packed") for name in known if name.endswith("_packed")} | (beside & known)
+
+
+def format_of(weight_name: str, specs: Mapping[str, TensorSpec]) -> Format:
+    """How one of `packed_weights` is stored: the tensors beside it tell. FP8 in blocks counts as `fp8` here."""
+    packed = specs.get(packed_names(weight_name).packed)
+    return "fp8" if packed is None else "mxfp4" if packed.dtype == "uint8" else "int"
+
+
+def parts_of(weight_name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """Names of the tensors that hold one of `packed_weights`, those that should be there included."""
+    names = packed_names(weight_name)
+    return {"int": tuple(names), "mxfp4": (names.packed, names.scale), "fp8": (weight_name, names.scale)}[
+        format_of(weight_name, specs)
+    ]
 
 
 class DenseView(StoredCheckpoint):
@@ -229,7 +296,9 @@ class DenseView(StoredCheckpoint):
         self.facts = self.facts_of(config)
         self._packed = packed_weights(self.parent.names())
         self._corrected = corrected_weights(self.parent.names())
-        hidden = {part for name in self._packed for part in packed_names(name)}
+        specs = {part: self.parent.spec(part) for part in self.parent.names() if part.endswith("_packed")}
+        self._formats = {name: format_of(name, specs) for name in self._packed}
+        hidden = {part for name in self._packed for part in parts_of(name, specs)}
         hidden |= {part for name in self._corrected for part in factor_names(name)}
         shown = {name for name in self.parent.names() if name not in hidden and name != guard}
         self._names = dict.fromkeys(sorted(self._packed | shown, key=natural_key))
@@ -253,13 +322,18 @@ class DenseView(StoredCheckpoint):
     def spec(self, name: str) -> TensorSpec:
         if name not in self._packed:
             return self.parent.spec(self._known(name))
-        return TensorSpec(self.parent.spec(packed_names(name).scale).dtype, self._shape(name)[0])
+        names, format = packed_names(name), self._formats[name]
+        if format == "mxfp4":
+            rows, halves = self.parent.spec(names.packed).shape
+            return TensorSpec(self.facts.dtype, (rows, 2 * halves))
+        shape = self._shape(name)[0] if format == "int" else self.parent.spec(name).shape
+        return TensorSpec(self.parent.spec(names.scale).dtype, shape)
 
     def get(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         if name not in self._packed:
             return self.parent.get(self._known(name), device)
-        packed, scale, _ = packed_names(name)
-        dense = self._dense(name, self.parent.get(packed, device), self.parent.get(scale, device))
+        codes, scale = self._codes_and_scale(name)
+        dense = self._dense(name, self.parent.get(codes, device), self.parent.get(scale, device))
         if name not in self._corrected:
             return dense
         a_rK, b_Nr = (self.parent.get(factor, device) for factor in factor_names(name))
@@ -268,8 +342,10 @@ class DenseView(StoredCheckpoint):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self._packed:
             return self.parent.rows(self._known(name), start, stop)
-        packed, scale, _ = packed_names(name)
-        dense = self._dense(name, self.parent.rows(packed, start, stop), self.parent.rows(scale, start, stop))
+        codes, scale = self._codes_and_scale(name)
+        if self._scheme(name).format == "fp8_block":  # rows share scales
+            return self.get(name)[start:stop]
+        dense = self._dense(name, self.parent.rows(codes, start, stop), self.parent.rows(scale, start, stop))
         if name not in self._corrected:
             return dense
         a, b = factor_names(name)
@@ -286,12 +362,19 @@ class DenseView(StoredCheckpoint):
         """Dequantized tensors are in no file as they are: ("own", name)."""
         return ("own", name) if name in self._packed else self.parent.origin(self._known(name))
 
+    def _codes_and_scale(self, name: str) -> tuple[str, str]:
+        names = packed_names(name)
+        return name if self._formats[name] == "fp8" else names.packed, names.scale
+
     def bits(self, name: str) -> int:
         """Bits of a packed weight, by the config's groups. SurroundingsError when none of them covers it."""
         return self._scheme(name).bits
 
     def group_size(self, name: str) -> int:
         """Inputs that share a scale in a packed weight."""
+        if self._formats[name] != "int":
+            found = self._scheme(name).group_size
+            return self.spec(name).shape[-1] if found == CHANNEL else found
         shape, transposed = self._shape(name)
         return _logical(shape, transposed)[-1] // self.parent.spec(packed_names(name).scale).shape[-1]
 
@@ -306,8 +389,16 @@ class DenseView(StoredCheckpoint):
         return scheme_of(name, self._schemes)
 
     def _dense(self, name: str, packed_NW: Tensor, scale_NG: Tensor) -> Tensor:
+        import torch
+
+        from moecli.ops.floats import dequantize_fp8, dequantize_mxfp4
         from moecli.ops.pack import dequantize, unpack_rows
 
+        format = self._scheme(name).format
+        if format == "mxfp4":
+            return dequantize_mxfp4(packed_NW, scale_NG, getattr(torch, self.facts.dtype))
+        if format != "int":
+            return dequantize_fp8(packed_NW, scale_NG, format == "fp8_block")
         bits = self._scheme(name).bits
         shape, transposed = self._shape(name)
         columns = _logical(shape, transposed)[-1]
@@ -366,13 +457,31 @@ def schemes_of(model_config: Mapping[str, Any]) -> list[Group]:
 def _read_groups(config: Mapping[str, Any]) -> Iterator[Group]:
     for name, group in config["config_groups"].items():
         weights, layout = group["weights"], group.get("format") or config.get("format")
-        if layout != FORMAT or weights["type"] != "int" or not weights["symmetric"]:
+        format = _format(weights, layout)
+        if format is None or group.get("input_activations"):
             balance = "symmetric" if weights["symmetric"] else "asymmetric"
+            inputs = " with rounded inputs" if group.get("input_activations") else ""
             raise SurroundingsError(
-                f"`{name}` of `quantization_config` is {balance} {weights['type']} in `{layout}`; "
-                f"moecli reads symmetric int in `{FORMAT}`"
+                f"`{name}` of `quantization_config` is {balance} {weights['type']} in `{layout}`{inputs}; "
+                f"moecli reads symmetric int in `{LAYOUTS['int']}`, and {' and '.join(FLOATS)} of its own"
             )
-        yield Group(tuple(group["targets"]), weights["num_bits"], weights["group_size"] or CHANNEL)
+        group_size = FLOATS[format][1] if format in FLOATS else weights["group_size"] or CHANNEL
+        yield Group(tuple(group["targets"]), weights["num_bits"], group_size, format)
+
+
+def _format(weights: Mapping[str, Any], layout: str | None) -> Format | None:
+    """Which format of LAYOUTS a config group has, if any."""
+    kind = (weights["type"], weights["num_bits"], weights["strategy"], weights["symmetric"])
+    if layout == LAYOUTS["int"] and weights["type"] == "int" and weights["symmetric"]:
+        return "int"
+    if layout == LAYOUTS["mxfp4"] and kind == ("float", 4, "group", True) and weights["group_size"] == MX_GROUP:
+        return "mxfp4"
+    if layout == LAYOUTS["fp8"] and kind == ("float", 8, "channel", True):
+        return "fp8"
+    whole = [BLOCK, BLOCK]
+    if layout == LAYOUTS["fp8"] and kind == ("float", 8, "block", True) and weights.get("block_structure") == whole:
+        return "fp8_block"
+    return None
 
 
 def _matches_exactly(module: str, target: str) -> bool:

@@ -7,6 +7,8 @@ OCP Microscaling Formats specification 1.0 (section 5.3) and of OFP8.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def _e2m1_codes(values: Tensor) -> Tensor:
     """uint8 code of the nearest e2m1 number, ties to the even code; beyond 6 it is 6."""
     magnitude = values.abs()
     code = torch.zeros_like(values, dtype=torch.uint8)
-    for below, (low, high) in enumerate(zip(E2M1, E2M1[1:], strict=False)):
+    for below, (low, high) in enumerate(pairwise(E2M1)):
         middle = (low + high) / 2
         code += magnitude >= middle if below % 2 else magnitude > middle
     return code | (values < 0).to(torch.uint8) << 3
