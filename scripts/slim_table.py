@@ -14,7 +14,7 @@ Stages = list[dict[str, Any]]
 
 METHODS = ("heapr", "camera-p", "flap", "moe-slimming", "magnitude", "random")
 RATIOS = (0.2, 0.4, 0.6)
-SCOPES = {"expert": "uniform", "layer": "pad", "global": "pad"}
+SCOPES = {"expert": "uniform", "layer": "ragged", "global": "ragged"}
 """scope: widths"""
 EXPERTS = 32
 """Experts a layer of the small model, for the rows that drop or merge whole ones."""
