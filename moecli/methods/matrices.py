@@ -7,9 +7,9 @@ E experts, R output rows, C inputs of a matrix: [F, D] for gate and up, [D, F] f
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -18,11 +18,14 @@ from torch import Tensor
 from moecli.core.artifacts import Artifact, Checkpoint, ExpertWeights, LayerStats, Packed, PartWriter
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
-from moecli.core.model import ModelFacts
+from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import Options
 from moecli.engine.collectors import collectors
 from moecli.engine.sweep import SweptLayer
 from moecli.families import family_of
+from moecli.families.products import factor_config, forecast_factors
+from moecli.io.factors import FACTORS_KEY, put_factors
+from moecli.ops.lowrank import Factored, truncated
 from moecli.ops.moments import Moments, moments
 from moecli.ops.sparsity import Compare, Pattern, Sparsity, dropped, has_pattern, kept
 
@@ -34,25 +37,34 @@ SLAB_BYTES = 2 << 30
 
 
 class Counts(Artifact):
-    """Whole numbers of one layer that the report adds up; kept beside the layer, for a run that goes on."""
+    """Numbers of one layer that the report adds up; kept beside the layer, for a run that goes on."""
 
-    def __init__(self, counts: Mapping[str, int]) -> None:
-        self.counts = Counter(dict(counts))
+    def __init__(self, counts: Mapping[str, float]) -> None:
+        self.counts = dict(counts)
 
     def pack(self) -> Packed:
-        return Packed({}, {"counts": dict(self.counts)})
+        return Packed({}, {"counts": self.counts})
 
     @classmethod
     def unpack(cls, packed: Packed) -> Self:
         return cls(packed.meta["counts"])
 
 
-def keep_counts(ctx: Context, layer: int, counts: Mapping[str, int]) -> None:
+def added(some: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums by name."""
+    total: dict[str, float] = {}
+    for counts in some:
+        for name, value in counts.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def keep_counts(ctx: Context, layer: int, counts: Mapping[str, float]) -> None:
     """Put a layer's counts beside what was written of it."""
     ctx.part(f"counts-layer-{layer:03d}", Counts, lambda: Counts(counts))
 
 
-def kept_counts(ctx: Context, layer: int) -> Counter[str]:
+def kept_counts(ctx: Context, layer: int) -> dict[str, float]:
     """The counts of a layer that was written, now or by an earlier run."""
     return ctx.part(f"counts-layer-{layer:03d}", Counts, _not_there).counts
 
@@ -123,9 +135,9 @@ def observed_grams(layer: SweptLayer) -> LayerStats:
     return layer.observe(collectors(GRAMS), on_device=True)
 
 
-def note_moments(total: Mapping[str, int], ctx: Context) -> None:
+def note_moments(total: Mapping[str, float], ctx: Context) -> None:
     """A line for the report when some experts had too few tokens: from counts `own`, `mixed`, `unseen`, of inputs."""
-    if total["mixed"] or total["unseen"]:
+    if total.get("mixed") or total.get("unseen"):
         ctx.note(
             f"of {total['own'] + total['mixed'] + total['unseen']} second moments of experts' inputs {total['own']} "
             f"are of their own tokens alone, {total['mixed']} had fewer than two tokens an input and lean on the "
@@ -186,7 +198,7 @@ def drop_weights(
                 experts, new = family.read_experts(model, layer), {}
                 for field, into in MATRICES.items():
                     weight_ERC = getattr(experts, field)
-                    s_EC = _checked(square[layer][into], weight_ERC, into, layer)
+                    s_EC = checked_inputs(square[layer][into], weight_ERC, into, layer)
                     s_EC = torch.where(seen[layer][:, None], s_EC, torch.ones_like(s_EC))
                     new[field] = _without_lowest(weight_ERC, s_EC.sqrt(), opt, ctx.device)
                 keep_counts(ctx, layer, write_zeros(part, model, layer, experts, new, opt))
@@ -200,7 +212,8 @@ def drop_weights(
     return out.checkpoint
 
 
-def _checked(square_EC: Tensor, weight_ERC: Tensor, into: str, layer: int) -> Tensor:
+def checked_inputs(square_EC: Tensor, weight_ERC: Tensor, into: str, layer: int) -> Tensor:
+    """Sums of squares of a matrix' inputs; StageFailed when they are of another model, or no numbers."""
     wanted = (weight_ERC.shape[0], weight_ERC.shape[2])
     if tuple(square_EC.shape) != wanted:
         raise StageFailed(
@@ -240,9 +253,124 @@ def report_zeros(model: Checkpoint, opt: Sparse, ctx: Context) -> None:
     """What part of each layer's routed experts is zero, from what was written."""
     each = {layer: kept_counts(ctx, layer) for layer in model.facts.moe_layers}
     ctx.record("sparsity", {str(i): counts["zeros"] / counts["weights"] for i, counts in each.items()})
-    total: Counter[str] = sum(each.values(), Counter())
+    total = added(each.values())
     pattern = f", {opt.sparsity} in every row" if isinstance(opt.sparsity, str) else ""
     ctx.note(
         f"{total['zeros']} of {total['weights']} weights of routed experts are zero "
         f"({total['zeros'] / total['weights']:.2%}{pattern}); they take as many bytes as before, in memory too"
     )
+
+
+# -- factors
+
+
+class LowRank(Options):
+    """Options of a method that replaces the matrices of routed experts by products of thin ones."""
+
+    form: Literal["compact", "expanded"] = "compact"
+    """`compact` stores the factors and runs them, which takes `import moecli` or `trust_remote_code` to load;
+    `expanded` multiplies them out: loads everywhere and computes the same, but takes no byte less."""
+
+    def shape(self, experts: int, outputs: int, inputs: int) -> dict[str, Any]:
+        """`rank`, `base` and `rows` of a matrix."""
+        raise NotImplementedError
+
+    def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        yield from refuse_quantized(model)
+
+    def forecast(self, model: ModelSketch) -> ModelSketch:
+        if self.form == "expanded":
+            return model
+        return forecast_factors(model, partial(self.shape, model.facts.experts))
+
+
+def rank_problem(kept: float, taken: float, model: ModelFacts) -> Iterator[Problem]:
+    """Factors that hold `kept` of a matrix' numbers, less `taken` that something else holds, have a rank below 1."""
+    outputs, inputs = model.expert_width, model.hidden
+    least = (outputs + inputs) / (outputs * inputs) + taken
+    if kept < least:
+        shared = f", {taken:.3g} of them the shared ones" if taken else ""
+        yield Problem(
+            "kept", f"factors of rank 1 hold {least:.3g} of the numbers of {outputs} x {inputs} matrices{shared}",
+            hint=f"write `kept: {math.ceil(1000 * least) / 1000:g}` or more" if least < 1 else None,
+        )  # fmt: skip
+
+
+def write_factored(
+    model: Checkpoint, layers: Iterable[Any], make: Callable[[Any, ExpertWeights], tuple[dict[str, Factored],
+    dict[str, float]]], opt: LowRank, ctx: Context,
+) -> Checkpoint:  # fmt: skip
+    """Write the model with the matrices of each MoE layer as `make(layer, experts)` factors them.
+
+    `make` gives factors by field of ExpertWeights, and counts for the report: `lost` and `total`, squared errors and
+    squares of outputs, and those of `note_moments`. `layers` are indices, or swept layers, in which those without
+    experts are passed over.
+    """
+    family, compact = family_of(model.config), opt.form == "compact"
+    choose = partial(opt.shape, model.facts.experts)
+    config = factor_config(model.config, set(model.names()), choose) if compact else model.config
+    with ctx.writer(model, config=config) as out:
+        for layer in layers:
+            index = layer if isinstance(layer, int) else layer.index
+            if index not in model.facts.moe_layers:
+                continue
+
+            def write(part: PartWriter, layer: Any = layer, index: int = index) -> None:
+                experts = family.read_experts(model, index)
+                found, counts = make(layer, experts)
+                stored = {field: factors.to(getattr(experts, field)) for field, factors in found.items()}
+                if compact:
+                    entry = config[FACTORS_KEY][str(index)]
+                    for field, projection in zip(MATRICES, entry["projections"], strict=True):
+                        put_factors(part, entry, projection["name"], stored[field])
+                else:
+                    write_matrices(part, model, index, experts, {f: v.expanded() for f, v in stored.items()})
+                held = sum(v.numel() for factors in stored.values() for v in factors if v is not None)
+                weights = sum(getattr(experts, field).numel() for field in stored)
+                keep_counts(ctx, index, {**counts, "held": held, "weights": weights})
+
+            out.part(f"layer-{index:03d}", write)
+    _report_factors(model, opt, ctx)
+    return out.checkpoint
+
+
+def _report_factors(model: Checkpoint, opt: LowRank, ctx: Context) -> None:
+    each = {layer: kept_counts(ctx, layer) for layer in model.facts.moe_layers}
+    error = {layer: math.sqrt(c["lost"] / c["total"]) if c["total"] else 0.0 for layer, c in each.items()}
+    ctx.record("relative_error", {str(layer): value for layer, value in error.items()})
+    total = added(each.values())
+    note_moments(total, ctx)
+    low, high = min(error.values()), max(error.values())
+    ctx.note(
+        f"factors hold {total['held']} numbers for {total['weights']} ({total['held'] / total['weights']:.1%}); what "
+        f"matrices make of their inputs is off by {low:.2%} to {high:.2%} by layer (root of the mean square)"
+    )
+    if opt.form == "expanded":
+        ctx.note("the factors are multiplied out: the model takes as many bytes as before")
+
+
+def whitened(
+    layer: SweptLayer, experts: ExpertWeights, base: Callable[[Tensor, Tensor], Tensor | None], rank: int,
+    device: torch.device,
+) -> tuple[dict[str, Factored], dict[str, float]]:  # fmt: skip
+    """Factors of this rank of all matrices of a layer, nearest on its tokens as they flow now, and counts for the
+    report. `base(weights [E, O, I], tokens of each expert)` is a matrix [O, I] that is taken off before, or None.
+    """
+    seen, found, counts = observed_grams(layer), {}, []
+    for into in ("x", "h"):
+        inputs = input_moments(layer, into, seen)
+        counts.append({"own": inputs.own, "mixed": inputs.mixed, "unseen": inputs.unseen})
+        for field in (field for field, of in MATRICES.items() if of == into):
+            weight_EOI = getattr(experts, field)
+            off_OI, pieces = base(weight_EOI, seen.count_E), []
+            off_OI = None if off_OI is None else off_OI.to(weight_EOI)  # as it is stored
+            outputs, columns = weight_EOI.shape[1:]
+            for some in slabs(len(weight_EOI), 8 * (4 * columns**2 + 3 * outputs**2 + 6 * outputs * columns)):
+                weight, moment = weight_EOI[some].to(device).double(), inputs.value_ECC[some].double()
+                cut = truncated(weight if off_OI is None else weight - off_OI.to(device), rank, moment)
+                total = float(((weight @ moment) * weight).sum())
+                counts.append({"lost": float(cut.lost_E.sum()), "total": total})
+                pieces.append([factor.to(weight_EOI) for factor in (cut.left_EOr, cut.right_ErI)])
+            left, right = (torch.cat(some) for some in zip(*pieces, strict=True))
+            found[field] = Factored(left, right, off_OI)
+    return found, added(counts)

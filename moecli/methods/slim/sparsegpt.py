@@ -21,7 +21,6 @@ Source: arXiv 2301.00774, algorithm 1. The share of other inputs for experts wit
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -40,6 +39,7 @@ from moecli.methods.matrices import (
     MATRICES,
     Heard,
     Sparse,
+    added,
     input_moments,
     keep_counts,
     kept_counts,
@@ -65,7 +65,7 @@ class Sparsegpt(Sparse):
 @stage("slim/sparsegpt", version=1)
 def sparsegpt(opt: Sparsegpt, text: CalibrationText, model: Checkpoint, ctx: Context) -> Checkpoint:
     swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=GRAMS)
-    total: Counter[str] = Counter()
+    counts = []
     with ctx.writer(model) as out:
         for layer in swept:
             if not layer.is_moe:
@@ -80,10 +80,11 @@ def sparsegpt(opt: Sparsegpt, text: CalibrationText, model: Checkpoint, ctx: Con
 
             finished = out.has_part(name)
             out.part(name, write)
-            total += kept_counts(ctx, layer.index)
+            counts.append(kept_counts(ctx, layer.index))
             layer.rewrite(out.read_part(name) if finished else made)
     for line in swept.report():
         ctx.note(line)
+    total = added(counts)
     note_moments(total, ctx)
     if total["unfactored"]:
         ctx.note(
@@ -94,18 +95,17 @@ def sparsegpt(opt: Sparsegpt, text: CalibrationText, model: Checkpoint, ctx: Con
     return out.checkpoint
 
 
-def _write(part: PartWriter, layer: SweptLayer, opt: Sparsegpt, model: Checkpoint, ctx: Context) -> Counter[str]:
+def _write(part: PartWriter, layer: SweptLayer, opt: Sparsegpt, model: Checkpoint, ctx: Context) -> dict[str, float]:
     """Make the experts of a layer sparse; counts for the report."""
     experts = family_of(model.config).read_experts(model, layer.index)
-    found, new, counts = observed_grams(layer), {}, Counter[str]()
+    found, new, counts = observed_grams(layer), {}, []
     for into in ("x", "h"):
         seen = input_moments(layer, into, found)
-        counts += Counter(own=seen.own, mixed=seen.mixed, unseen=seen.unseen)
         fields = [field for field, of in MATRICES.items() if of == into]
         solved, failed = _solved([getattr(experts, field) for field in fields], seen.value_ECC, opt, ctx.device)
         new |= dict(zip(fields, solved, strict=True))
-        counts["unfactored"] += failed
-    return counts + Counter(write_zeros(part, model, layer.index, experts, new, opt))
+        counts.append({"own": seen.own, "mixed": seen.mixed, "unseen": seen.unseen, "unfactored": failed})
+    return added([*counts, write_zeros(part, model, layer.index, experts, new, opt)])
 
 
 def _solved(
