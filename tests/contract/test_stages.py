@@ -20,12 +20,15 @@ from moecli.runner.execute import Execution
 from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe
 
-VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"]}
+VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"], "average": 3.0}
 OVERRIDES = {
+    "allocate/pmq": {"group_size": 16},
+    "allocate/gemq": {"group_size": 16},
     **{n: {"align": 8} for n in lookup.names() if "align" in lookup.find(n).options.model_fields},
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "quantize/gptq": {"group_size": 16},
+    "quantize/hqq": {"group_size": 16},
     "quantize/rtn": {"group_size": 16},
     **{name: {"rank": 4} for name in lookup.names() if name.startswith("compensate/")},
     "eval/lm-eval": {"limit": 4},
