@@ -83,7 +83,7 @@ def test_an_outlier_is_given_up_for_the_others():
         codes, scale = quantize(weight, 3, 64)
         error = (dequantize(codes, scale) - weight)[0].abs()
         errors.append((error[others].mean(), error[5]))
-    assert errors[0][0] < 0.7 * errors[1][0] and errors[0][1] > errors[1][1]
+    assert errors[0][0] < 0.8 * errors[1][0] and errors[0][1] > errors[1][1]
 
 
 def test_a_group_of_zeros_stays_zero():
