@@ -449,15 +449,34 @@ def test_problems(checkpoint):
     assert told(align=16) == []
     assert told(align=24) == [("align", "write `align: 16`")]
     assert told() == [("align", "write `align: 32`")]
-    assert told(align=8, scope="global") == [("scope", "write `widths: pad`")]
+    assert told(align=8, scope="global") == [("scope", "write `widths: ragged`")]
     assert told(align=8, scope="global", widths="pad") == []
+    free = {"align": 8, "widths": "ragged"}
+    assert told(align=8, widths="per_layer") == [("scope", "write `scope: global`")]
+    assert told(**free, scope="layer", floor=17) == [("floor", "lower `ratio` or `floor`")]
+    assert told(**free, scope="layer", floor=9) == []
+    assert told(**free, scope="layer", ceiling=15) == [("ceiling", "raise `ceiling`")]
+    assert told(**free, scope="layer", ceiling=17) == []
+    assert told(**free, scope="expert", ceiling=15) == [("ceiling", "raise `ceiling`")]
+    assert told(**free, scope="layer", layer_floor=0.1) == [
+        ("layer_floor", "leave it out, or write `scope: global`"),
+    ]  # fmt: skip
+    assert told(**free, scope="global", layer_floor=0.6) == [("layer_floor", "lower `ratio` or `layer_floor`")]
+    assert told(align=8, floor=17) == [("floor", "lower `ratio`, or write `floor: 16` or less")]
 
 
-@pytest.mark.parametrize("widths", ["uniform", "pad"])
+def test_an_alignment_under_which_nothing_stays(checkpoint):
+    """8 experts of 32 channels, 3 % of them left: not one block of 16."""
+    (problem,) = Heapr(ratio=0.97, align=16, scope="layer", widths="ragged").problems(checkpoint().facts)
+    assert problem.message == "`align: 16` leaves no block of the channels that stay"
+    assert problem.hint == "lower `ratio` or `align`"
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer", "ragged", "pad"])
 def test_quantized_experts_are_refused(widths, checkpoint):
     model = sketch_of(checkpoint())
     model = dataclasses.replace(model, facts=dataclasses.replace(model.facts, quantized="compressed-tensors"))
-    opt = Heapr(ratio=0.5, widths=widths, **FINE)
+    opt = Heapr(ratio=0.5, widths=widths, scope="global" if widths == "per_layer" else "expert", **FINE)
     said = [problem.message for problem in opt.problems(model.facts)]
     try:
         opt.forecast(model)

@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecli.ops.channels import Bounds, budgeted, coverage_scores, keep_channels, refit_down, width_left
+from moecli.ops.budget import Item, Level, Problem, dynamic, integer_program
+from moecli.ops.channels import (
+    Bounds,
+    budgeted,
+    coverage_scores,
+    keep_channels,
+    layer_widths,
+    refit_down,
+    total_left,
+    width_left,
+)
 
 
 def scores(*rows: list[float]) -> torch.Tensor:
@@ -53,6 +63,122 @@ def test_what_cannot_be_kept_is_said() -> None:
     score[0][1, 2] = torch.nan
     with pytest.raises(ValueError, match="score of channel 2 of expert 1 in layer 0 is NaN"):
         keep_channels(score, 0.5, "expert")
+
+
+def as_problem(score: dict[int, torch.Tensor], ratio: float, bounds: Bounds) -> Problem:
+    """The same choice as a knapsack of experts, whose levels are numbers of blocks; layer floors are not in it."""
+    items = []
+    for layer, score_EF in score.items():
+        for expert, values in enumerate(score_EF):
+            blocks = [float(b.sum()) for b in values.sort(descending=True).values.split(bounds.block)]
+            levels = tuple(Level(n, n, sum(blocks[n:])) for n in range(len(blocks) + 1))
+            whole = len(blocks) if expert in bounds.safe.get(layer, ()) else None
+            floor = whole or math.ceil(bounds.floor / bounds.block)
+            ceiling = None if bounds.ceiling is None else bounds.ceiling // bounds.block
+            items.append(Item(f"{layer}.{expert}", levels, lowest=floor, highest=whole or ceiling))
+    channels = sum(values.numel() for values in score.values())
+    return Problem(tuple(items), total_left(channels, ratio, bounds.block))
+
+
+def brute(problem: Problem, layer_floor: int) -> float | None:
+    """Least error over all choices that use the whole budget; None when there is none."""
+    best = None
+    for keys in itertools.product(*([level.key for level in item.levels] for item in problem.items)):
+        choice = {item.id: key for item, key in zip(problem.items, keys, strict=True)}
+        layers: dict[str, int] = {}
+        for name, key in choice.items():
+            layers[name.split(".")[0]] = layers.get(name.split(".")[0], 0) + key
+        if problem.allows(choice) and sum(keys) == problem.budget and min(layers.values()) >= layer_floor:
+            best = problem.error(choice) if best is None else min(best, problem.error(choice))
+    return best
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_bounds_are_kept_and_the_choice_is_still_the_best(data: st.DataObject) -> None:
+    """Oracle (f): brute force over every number of blocks of four experts in two layers; the knapsack's dynamic
+    programme and integer programme agree where they know all the bounds.
+    """
+    block = data.draw(st.integers(1, 2))
+    draw = st.lists(st.integers(0, 9), min_size=6 * block, max_size=6 * block)
+    score = {i: torch.tensor(data.draw(draw), dtype=torch.float64).view(2, -1) for i in (0, 1)}
+    bounds = Bounds(
+        block=block,
+        floor=data.draw(st.integers(0, block)),
+        ceiling=data.draw(st.sampled_from([None, 2 * block, 3 * block])),
+        layer_floor=data.draw(st.sampled_from([0.0, 0.3, 0.5])),
+        safe=data.draw(st.sampled_from([{}, {1: [0]}])),
+    )
+    ratio = data.draw(st.sampled_from([0.25, 0.4, 0.5, 0.75]))
+    layer_blocks = math.ceil(bounds.layer_floor * 6 - 1e-9)
+    problem = as_problem(score, ratio, bounds)
+    best = brute(problem, layer_blocks)
+    try:
+        kept = keep_channels(score, ratio, "global", bounds)
+    except ValueError as refused:
+        assert best is None, refused
+        return
+    assert best is not None
+    choice = {f"{i}.{e}": int(n) // block for i, kept_EF in kept.items() for e, n in enumerate(kept_EF.sum(1))}
+    assert problem.allows(choice)
+    assert min(int(kept_EF.sum()) for kept_EF in kept.values()) >= layer_blocks * block
+    assert math.isclose(problem.error(choice), best)
+    if not bounds.layer_floor:
+        assert math.isclose(dynamic(problem).error, best)
+        assert math.isclose(integer_program(problem).error, best, abs_tol=1e-4)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_one_width_a_layer_is_the_best_of_all_widths(data: st.DataObject) -> None:
+    """Brute force; layers need not have equally many experts, scores may be negative."""
+    block, experts = data.draw(st.integers(1, 2)), (2, data.draw(st.integers(1, 3)))
+    score = {}
+    for layer, number in enumerate(experts):
+        values = data.draw(st.lists(st.integers(-9, 9), min_size=3 * block * number, max_size=3 * block * number))
+        score[layer] = torch.tensor(values, dtype=torch.float64).view(number, -1)
+    bounds = Bounds(block, floor=data.draw(st.integers(0, 2)), layer_floor=data.draw(st.sampled_from([0.0, 0.5])))
+    ratio = data.draw(st.sampled_from([0.25, 0.4, 0.5]))
+    budget = total_left(sum(s.numel() for s in score.values()), ratio, block)
+    lowest = max(1, math.ceil(bounds.floor / block), math.ceil(bounds.layer_floor * 3 - 1e-9))
+    moved = min(float(s.sort(descending=True).values.unflatten(1, (-1, block)).sum(-1).min()) for s in score.values())
+
+    def worth(widths: tuple[int, ...]) -> float:
+        return sum(
+            float(s.sort(descending=True).values[:, : w * block].sum()) - moved * w * len(s)
+            for s, w in zip(score.values(), widths, strict=True)
+        )
+
+    legal = [
+        w for w in itertools.product(range(lowest, 4), repeat=2)
+        if sum(n * e for n, e in zip(w, experts, strict=True)) <= budget
+    ]  # fmt: skip
+    if not legal:
+        with pytest.raises(ValueError, match="no widths of layers leave"):
+            keep_channels(score, ratio, "global", bounds, one_width=True)
+        return
+    kept = keep_channels(score, ratio, "global", bounds, one_width=True)
+    chosen = tuple(int(kept_EF.sum(1)[0]) // block for kept_EF in kept.values())
+    assert all(len(set(kept_EF.sum(1).tolist())) == 1 for kept_EF in kept.values())
+    assert math.isclose(worth(chosen), max(map(worth, legal)), abs_tol=1e-9)
+    for layer, kept_EF in kept.items():  # each expert's best ones
+        for expert, row in enumerate(kept_EF):
+            inside, outside = score[layer][expert][row], score[layer][expert][~row]
+            assert not len(outside) or inside.min() >= outside.max()
+
+
+def test_more_blocks_than_the_table_counts() -> None:
+    """Beyond 255 levels hulls decide; with equally many experts a layer that is exact as well."""
+    torch.manual_seed(0)
+    score = {layer: torch.rand(2, 300, dtype=torch.float64) * (layer + 1) for layer in range(3)}
+    ordered = {layer: s.sort(descending=True).values for layer, s in score.items()}
+    found = layer_widths(ordered, 0.5, Bounds())
+    assert found.gap <= 1e-9 * found.error
+    kept = keep_channels(score, 0.5, "global", Bounds(), one_width=True)
+    assert sum(int(kept_EF.sum()) for kept_EF in kept.values()) == 900
+    gains = torch.cat([s.sum(0) for s in ordered.values()])
+    best = gains.sort(descending=True).values[:450].sum()
+    assert math.isclose(sum(float(score[i][k].sum()) for i, k in kept.items()), float(best))
 
 
 @given(st.data())

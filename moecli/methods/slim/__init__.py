@@ -93,7 +93,7 @@ class Slim(Options):
         if self.widths == "uniform":
             yield from self._uniform_problems(model)
             return
-        if model.quantized:  # `uniform` is told by its forecast
+        if self.widths == "pad" and model.quantized:  # others are told by their forecasts
             yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read",
                           hint="move this stage above the `quantize/...` stage")  # fmt: skip
         if self.widths == "per_layer" and self.scope != "global":
