@@ -76,6 +76,8 @@ class OverlayWriter(CheckpointWriter):
     def read_part(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
+        if (saving := self._saving.pop(name, None)) is not None:
+            saving.result()
         tensors = self.folder / f"{name}.safetensors"
         return load_file(tensors) if tensors.is_file() else {}
 

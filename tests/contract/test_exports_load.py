@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[str, dict[str, dict]]] = {
     "merge, rows averaged": ("stock", {"cluster/m-smoe": WITHIN, "merge/weighted": {}, "router/row-mean": {}}),
     "merge, refitted": ("stock", {"cluster/sub-moe": {**WITHIN, "alloc": "uniform"}, "merge/merge-moe": {},
                                   "router/refit": {}}),
+    "merge, layer by layer": ("stock", {"merge/ream-sequential": {"keep": KEEP}}),
     "merge, copies": ("expanded", {"cluster/hc-smoe": {"keep": KEEP}, "merge/weighted": {}}),
 }  # fmt: skip
 OF_GROUPS: dict[str, tuple[str, dict[str, dict]]] = {

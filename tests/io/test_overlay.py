@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moecli.core.artifacts import PartWriter
 from moecli.core.errors import SurroundingsError
+from moecli.io import overlay as overlay_module
 from moecli.io.durable import natural_key
 from moecli.io.overlay import Fate, OverlayCheckpoint, OverlayWriter, fates
 from moecli.io.reader import FolderCheckpoint, StoredCheckpoint
@@ -182,6 +184,22 @@ def test_a_crash_resumes_after_the_last_whole_part(tmp_path: Path, source: Folde
     assert "b" not in top
     program(crash=True)
     assert calls == ["first", "second", "second"]
+
+
+def test_a_part_can_be_read_as_soon_as_it_is_written(
+    tmp_path: Path, source: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved behind the stage's back: who reads it waits for that."""
+    save = overlay_module._Part.save
+
+    def slowly(self: PartWriter, *where: object) -> None:
+        time.sleep(0.2)
+        save(self, *where)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(overlay_module._Part, "save", slowly)
+    with OverlayWriter(tmp_path / "o", source, None) as out:
+        out.part("one", lambda part: part.put("x", torch.arange(3)))
+        assert {name: value.tolist() for name, value in out.read_part("one").items()} == {"x": [0, 1, 2]}
 
 
 def test_a_part_whose_record_is_missing_is_made_again(tmp_path: Path, source: FolderCheckpoint) -> None:

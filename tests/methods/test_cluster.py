@@ -6,12 +6,13 @@ import torch
 from moecli.core.artifacts import CalibrationStats, LayerStats
 from moecli.core.errors import StageFailed
 from moecli.families import family_of
-from moecli.methods.cluster import distances, gram, unit_gram
+from moecli.methods.cluster import gram
 from moecli.methods.cluster.hc_smoe import HcSmoe, hc_smoe
 from moecli.methods.cluster.m_smoe import MSmoe, budget, m_smoe
 from moecli.methods.cluster.ream import Ream, ream
 from moecli.methods.cluster.sub_moe import SubMoe, by_cost, sub_moe
 from moecli.ops.kmeans import cost, kernel_kmeans
+from moecli.ops.likeness import distances, unit_gram
 
 COUNT = [10, 40, 5, 30, 20, 2, 4, 8]
 

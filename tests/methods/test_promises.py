@@ -25,7 +25,7 @@ FAMILIES = ("qwen3_moe", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss")
 EXPERTS = 8
 PRUNING = [name for name in lookup.names() if name.startswith("prune/")]
 CLUSTERING = [name for name in lookup.names() if name.startswith("cluster/")]
-MERGING = [name for name in lookup.names() if name.startswith("merge/")]
+MERGING = [name for name in lookup.names() if name.startswith("merge/") and "plan" in lookup.find(name).inputs]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import Options
 from moecli.families import family_of
 from moecli.ops.averaging import shares
+from moecli.ops.likeness import unit_gram
 from moecli.ops.super_experts import super_experts
 
 Metric = Literal["out_cos", "out_l2", "logit_cos", "weight_cos"]
@@ -108,7 +109,7 @@ def make_plan(
         wanted = opt.keep if keep is None else keep[layer]
         weight_E = stats[layer].count_E if weight is None else weight(layer)
         blocks = model.facts.groups if opt.routing_groups == "keep" else 1
-        layers[layer] = _layer_plan(layer, weight_E, set(safe.get(layer, [])), wanted, blocks, grouping)
+        layers[layer] = layer_plan(layer, weight_E, set(safe.get(layer, [])), wanted, blocks, grouping)
     return ExpertPlan(layers)
 
 
@@ -121,7 +122,7 @@ def protected(opt: Cluster, stats: CalibrationStats, model: Checkpoint, ctx: Con
     return found
 
 
-def _layer_plan(layer: int, weight_E: Tensor, safe: set[int], keep: int, blocks: int, grouping: Grouping) -> LayerPlan:
+def layer_plan(layer: int, weight_E: Tensor, safe: set[int], keep: int, blocks: int, grouping: Grouping) -> LayerPlan:
     """Groups of each block of consecutive experts, put together."""
     count = len(weight_E)
     group_E, leads, extra = torch.empty(count, dtype=torch.int64), [], {}
@@ -176,20 +177,6 @@ def gram(metric: Metric, layer: int, stats: CalibrationStats, model: Checkpoint,
             return _output_gram(model, layer, found["tok_reservoir"], ctx)
         case "weight_cos":
             return unit_gram(_weight_gram(model, layer, ctx))
-
-
-def distances(gram_EE: Tensor) -> Tensor:
-    """Euclidean distances between vectors with this Gram matrix, float64, zero diagonal."""
-    square_E = gram_EE.diagonal()
-    distance = (square_E[:, None] + square_E - gram_EE - gram_EE.T).clamp(min=0).sqrt()
-    return distance.fill_diagonal_(0)
-
-
-def unit_gram(gram_EE: Tensor) -> Tensor:
-    """Cosines from inner products; a vector of length 0 has cosine 0 with all others."""
-    length_E = gram_EE.double().diagonal().sqrt()
-    cosine = gram_EE.double() / (length_E[:, None] * length_E).clamp(min=torch.finfo(torch.float64).tiny)
-    return cosine.fill_diagonal_(1)
 
 
 def _weight_gram(model: Checkpoint, layer: int, ctx: Context) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan
 from moecli.core.context import Context
 from moecli.core.stage import stage
-from moecli.methods.cluster import Cluster, Groups, Metric, busiest, distances, gram, make_plan, reads
+from moecli.methods.cluster import Cluster, Groups, Metric, busiest, gram, make_plan, reads
+from moecli.ops.likeness import distances
 from moecli.ops.linkage import Linkage, agglomerate, pairwise
 
 

@@ -28,7 +28,8 @@ from moecli.core.context import Context
 from moecli.core.errors import Problem
 from moecli.core.model import ModelFacts, ModelSketch
 from moecli.core.stage import stage
-from moecli.methods.cluster import Cluster, Groups, Metric, distances, gram, make_plan, protected, reads
+from moecli.methods.cluster import Cluster, Groups, Metric, gram, make_plan, protected, reads
+from moecli.ops.likeness import distances
 
 
 class MSmoe(Cluster):

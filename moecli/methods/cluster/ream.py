@@ -8,7 +8,8 @@ centroids stay alone, few large groups form, of low saliency. Shares are salienc
 
 Source: arXiv 2604.04356, section 3, and what its code computes (limit 16), with two slips of that code put right: g is
 counted once, and it is the weight that the model really multiplies with. The paper goes layer by layer and
-recomputes statistics after each merged layer; here all layers are planned from the source's statistics.
+recomputes statistics after each merged layer, which `merge/ream-sequential` does; here all layers are planned from the
+source's statistics.
 
 - run: cluster/ream
   with: {keep: 96}
@@ -20,16 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan, LayerStats
+from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertPlan
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
-from moecli.methods.cluster import Cluster, Groups, distances, make_plan, reads, unit_gram
+from moecli.methods.cluster import Cluster, Groups, make_plan, reads
+from moecli.ops.likeness import pseudo_pruned, saliency, similarity
 
 
 class Ream(Cluster):
@@ -57,33 +58,10 @@ def ream(opt: Ream, stats: CalibrationStats, model: Checkpoint, ctx: Context) ->
                 where=f"layer {layer}",
                 hint="raise `limit`, or write `protect: none`",
             )
-        return pseudo_pruned(similarity(stats[layer])[some][:, some], saliency(stats[layer])[some], keep, opt.limit)
+        alike_EE = similarity(stats[layer]["gy_mean"], stats[layer]["logit_gram"])
+        return Groups(*pseudo_pruned(alike_EE[some][:, some], salient(layer)[some], keep, opt.limit))
 
-    return make_plan(opt, stats, model, ctx, grouping, weight=lambda layer: saliency(stats[layer]))
+    def salient(layer: int) -> Tensor:
+        return saliency(stats[layer]["gean_sum"], stats[layer].count_E)
 
-
-def saliency(stats: LayerStats) -> Tensor:
-    """float64 [E], positive unless no expert has any."""
-    mean_E = stats["gean_sum"] / stats.count_E.clamp(min=1)
-    seen = mean_E[mean_E > 0]
-    least = min(0.5, float(seen.min())) if len(seen) else 0.0
-    return torch.where(mean_E > 0, mean_E, least)
-
-
-def similarity(stats: LayerStats) -> Tensor:
-    """float64 [E, E] in [0, 1]."""
-    output_EE = unit_gram(stats["gy_mean"] @ stats["gy_mean"].T)
-    distance_EE = distances(unit_gram(stats["logit_gram"]))
-    return 0.5 * (output_EE + 1) / 2 + 0.5 * (1 - distance_EE / distance_EE.max().clamp(min=1e-30))
-
-
-def pseudo_pruned(similarity_NN: Tensor, saliency_N: Tensor, keep: int, limit: int) -> Groups:
-    """Groups around the `keep` most salient; ties go to the lower index."""
-    lead_K = torch.argsort(saliency_N, descending=True, stable=True)[:keep]
-    group_N = torch.full((len(saliency_N),), -1, dtype=torch.int64)
-    group_N[lead_K] = torch.arange(keep)
-    for group, lead in enumerate(lead_K.tolist()):
-        left = (group_N < 0).nonzero().flatten()
-        taken = torch.argsort(similarity_NN[lead, left], descending=True, stable=True)[: limit - 1]
-        group_N[left[taken]] = group
-    return Groups(group_N, lead_K)
+    return make_plan(opt, stats, model, ctx, grouping, weight=salient)
