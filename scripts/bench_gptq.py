@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,15 @@ def run(opt: module.Gptq, text: CalibrationText, source: Checkpoint, folder: Pat
     return steps[len(steps) // 2] if steps else float("nan")
 
 
-def timed(bench: Bench) -> dict[str, float]:
-    """Seconds of each part from now on, the device waited for around each."""
-    found: dict[str, float] = defaultdict(float)
+@dataclass
+class Spent:
+    seconds: float = 0.0
+    peak: int = 0
+
+
+def timed(bench: Bench) -> dict[str, Spent]:
+    """Seconds and peak memory of each part from now on, the device waited for around each."""
+    found: dict[str, Spent] = defaultdict(Spent)
 
     def wrap(owner: Any, name: str, label: str) -> None:
         inner = getattr(owner, name)
@@ -114,7 +121,9 @@ def timed(bench: Bench) -> dict[str, float]:
         @wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
             box: list[Any] = []
-            found[label] += bench.seconds(lambda: box.append(inner(*args, **kwargs)))
+            bench.reset_peak()
+            found[label].seconds += bench.seconds(lambda: box.append(inner(*args, **kwargs)))
+            found[label].peak = max(found[label].peak, bench.peak())
             return box[0]
 
         setattr(owner, name, outer)
@@ -152,12 +161,12 @@ def floors(
     }  # fmt: skip
 
 
-def table(parts: dict[str, float], floor: dict[str, float], layers: int) -> None:
-    print(f"{'part':24} {'a layer':>12} {'floor':>12} {'ratio':>8}")
-    for name, seconds in parts.items():
-        least = floor.get(name)
-        beside = f"{least * 1e3:9.2f} ms {seconds / layers / least:8.1f}" if least else ""
-        print(f"{name:24} {seconds / layers * 1e3:9.2f} ms {beside}", flush=True)
+def table(parts: dict[str, Spent], floor: dict[str, float], layers: int) -> None:
+    print(f"{'part':24} {'a layer':>12} {'floor':>12} {'ratio':>8} {'peak':>12}")
+    for name, spent in parts.items():
+        seconds, least = spent.seconds / layers, floor.get(name)
+        beside = f"{least * 1e3:9.2f} ms {seconds / least:8.1f}" if least else " " * 21
+        print(f"{name:24} {seconds * 1e3:9.2f} ms {beside} {spent.peak / 2**30:8.2f} GiB", flush=True)
 
 
 def arguments() -> argparse.Namespace:

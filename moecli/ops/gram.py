@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moecli.ops.kernels import kernels
 
-_MIRRORED_BYTES = 512 << 20
-"""What `whole` mirrors at a time."""
+_MIRRORED = 256
+"""Columns that `whole` mirrors at a time."""
 _PAIR_BYTES = 256 << 20
 """Gram matrices of single tokens held at a time."""
 
@@ -37,9 +37,11 @@ def add(total_ENN: Tensor, x: Tensor, row_S: Tensor | None, end_E: Tensor, weigh
 
 def whole(total_ENN: Tensor) -> Tensor:
     """The full matrices, the lower triangle copied from the upper; in place."""
-    per_call = max(1, _MIRRORED_BYTES // total_ENN[0].nbytes)
-    for some in total_ENN.split(per_call):
-        some.copy_(some.triu() + some.triu(1).mT)
+    for start in range(0, total_ENN.shape[-1], _MIRRORED):
+        end = start + _MIRRORED
+        total_ENN[:, end:, start:end] = total_ENN[:, start:end, end:].mT
+        on_diagonal = total_ENN[:, start:end, start:end]
+        on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).mT)
     return total_ENN
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from moecli.ops import grouped
+from moecli.ops import gram, grouped
 
 
 def test_group_sorts_visits_and_keeps_the_order_of_tokens() -> None:
@@ -45,3 +46,11 @@ def test_silu_gate_and_its_sum_over_tokens() -> None:
 def test_turn_is_one_minus_the_cosine() -> None:
     before, added = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [3.0, 4.0]])
     torch.testing.assert_close(grouped.turn(before, added), torch.tensor([1 - 2**-0.5, 0.0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 7, 256, 600])
+def test_whole_mirrors_the_upper_triangle_whatever_lay_below_it(width: int) -> None:
+    upper = torch.randn(3, width, width)
+    found = gram.whole(upper.clone())
+    wanted = torch.where(torch.ones(width, width, dtype=torch.bool).triu(), upper, upper.mT)
+    assert torch.equal(found, wanted)

@@ -98,6 +98,7 @@ def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, plan: BitPlan | No
             if finished:
                 work.take(out.read_part(name))
             layer.rewrite(work.dense)
+            work.dense.clear()
             classes[str(layer.index)] = dict(
                 ctx.part(f"classes-{name}", Classes, lambda work=work: work.classes).counts
             )
