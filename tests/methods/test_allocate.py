@@ -1,0 +1,291 @@
+"""Bits for experts: plans against trying everything, what readers demand, and a recipe from text to a report."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from moecli.core.artifacts import CalibrationStats
+from moecli.core.errors import MoecliError, RecipeError, StageFailed
+from moecli.engine.collectors import collectors
+from moecli.engine.data import batches_of
+from moecli.engine.rounding import RoundingErrors, SlopedRoundingErrors
+from moecli.engine.sweep import sweep
+from moecli.methods.allocate import gemq as gemq_module
+from moecli.methods.allocate import pmq as pmq_module
+from moecli.methods.allocate import rounding
+from moecli.methods.allocate.gemq import Gemq, gemq
+from moecli.methods.allocate.pmq import Pmq, pmq
+from moecli.runner.execute import run as run_plan
+from moecli.runner.open import open_recipe, sketch_of
+from tests.methods.test_gptq import text_for
+
+LEVELS = (2, 3, 4)
+
+
+def stats_of(model, text):
+    layers = {}
+    for layer in sweep(model, batches_of(text, 2)):
+        if layer.is_moe:
+            layers[layer.index] = layer.observe(collectors(["prob_routed"]))
+    return CalibrationStats(layers, {}, text)
+
+
+def by_pmq(model, ctx, text=None, **options):
+    text = text or text_for(model)
+    opt = Pmq(**({"average": 2.5, "group_size": 16, "batch_size": 2} | options))
+    return pmq(opt, stats_of(model, text), text, model, ctx)
+
+
+def by_gemq(model, ctx, text=None, **options):
+    opt = Gemq(**({"average": 2.5, "group_size": 16, "batch_size": 2} | options))
+    return gemq(opt, text or text_for(model), model, ctx)
+
+
+def norms(model, text):
+    """{layer: [E, levels]}: sum over batches of two of the error's norm"""
+    batches, found = batches_of(text, 2), {}
+    for batch in batches:
+        for layer in sweep(model, [batch]):
+            ends = torch.tensor([batch.input_ids.numel()])
+            collector = RoundingErrors(layer.parts.experts, LEVELS, rounding(16), ends)
+            norm = layer.observe([collector])["rounding_errors"][0].sqrt()
+            found[layer.index] = found.get(layer.index, 0) + norm
+    return found
+
+
+@pytest.mark.parametrize(("average", "exponents"), [(2.5, (1, 1.5, 1)), (3.2, (1, 1.5, 1)), (2.75, (0, 2, 0.5))])
+def test_pmq_is_the_best_of_all_plans_by_its_formula(average, exponents, checkpoint, context):
+    model = checkpoint()
+    text = text_for(model)
+    alpha, beta, gamma = exponents
+    plan = by_pmq(model, context(), text, average=average, alpha=alpha, beta=beta, gamma=gamma)
+    stats, eps = stats_of(model, text), norms(model, text)
+    for layer in model.facts.moe_layers:
+        phi = stats[layer].count_E / stats[layer].count_E.sum()
+        weight = stats[layer]["prob_routed"] / stats[layer]["prob_routed"].sum()
+        cost = (1000 * phi**alpha * weight**beta)[:, None] * eps[layer] ** gamma
+        best = min(
+            (sum(cost[e, b].item() for e, b in enumerate(choice)), choice)
+            for choice in itertools.product(range(3), repeat=8)
+            if sum(LEVELS[b] for b in choice) <= average * 8 and {1, 2} <= set(choice)
+        )
+        assert [[LEVELS[b]] * 2 for b in best[1]] == plan[layer].tolist()
+
+
+def test_batches_count_in_pmq_and_not_in_gemq(checkpoint, context):
+    """Norms are added, squares would not notice."""
+    model, ctx = checkpoint(), context()
+    text = text_for(model)
+    for batch_size in (2, 6):
+        by_pmq(model, ctx, text, batch_size=batch_size)
+        by_gemq(model, ctx, text, batch_size=batch_size)
+    assert len(list(ctx.parts.path.glob("errors-*.json"))) == 3
+
+
+def test_gemq_is_the_best_of_all_plans_over_both_layers(checkpoint, context):
+    from moecli.engine.backward import backward_sweep
+
+    model, ctx = checkpoint(), context()
+    text = text_for(model)
+    plan = by_gemq(model, ctx, text, average=2.75, bits=[2, 4])
+    cost = {}
+    for layer in backward_sweep(model, batches_of(text, 3)).back():
+        collector = SlopedRoundingErrors(layer.parts.experts, (2, 4), rounding(16), torch.tensor([text.ids.numel()]))
+        cost[layer.index] = layer.observe([collector])["rounding_errors"][0]
+    both = torch.cat([cost[0], cost[1]])
+    choices = torch.tensor(list(itertools.product((0, 1), repeat=16)))
+    errors = both[torch.arange(16), choices].sum(-1)
+    errors[(2 + 2 * choices).sum(-1) > 2.75 * 16] = torch.inf
+    best = 2 + 2 * choices[errors.argmin()]
+    assert torch.cat([plan[0][:, 0], plan[1][:, 0]]).tolist() == best.tolist()
+    assert sum(Counter(best.tolist()).values()) == 16 and len(set(best[:8].tolist()) | set(best[8:].tolist())) == 2
+
+
+@pytest.mark.parametrize("solver", ["dp", "milp"])
+def test_exact_solvers_agree_and_greedy_says_how_far_it_may_be(solver, checkpoint, context):
+    model, ctx = checkpoint(), context()
+    text = text_for(model)
+    exact = by_gemq(model, ctx, text, solver=solver, average=2.6)
+    assert exact.pairs() == by_gemq(model, ctx, text, average=2.6).pairs()
+    assert ctx.notes[-2].endswith(", the least possible")
+    near = by_gemq(model, ctx, text, solver="greedy", average=2.6)
+    assert sum(int(bits.sum()) for bits in near.values()) <= 2.6 * 32
+    assert "above the least possible" in ctx.notes[-2] or near.pairs() == exact.pairs()
+
+
+def test_another_average_measures_nothing_again(checkpoint, context, monkeypatch):
+    model, ctx = checkpoint(), context()
+    text = text_for(model)
+    by_gemq(model, ctx, text)
+    by_pmq(model, ctx, text)
+
+    def never(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(gemq_module, "backward_sweep", never)
+    monkeypatch.setattr(pmq_module, "sweep", never)
+    assert sum(int(b.sum()) for b in by_gemq(model, ctx, text, average=3.5).values()) == 3.5 * 32
+    by_pmq(model, ctx, text, average=3.5)
+    for change in ({"group_size": 8}, {"bits": [2, 4]}):
+        with pytest.raises(AssertionError, match="measured again"):
+            by_gemq(model, ctx, text, **change)
+
+
+def test_an_expert_without_tokens_gets_the_fewest_bits(checkpoint, context):
+    model, ctx = checkpoint(), context()
+    text = text_for(model, samples=1, tokens=2)
+    stats = stats_of(model, text)
+    plan = by_pmq(model, ctx, text, average=2.4)
+    unused = 0
+    for layer in model.facts.moe_layers:
+        none = stats[layer].count_E == 0
+        unused += int(none.sum())
+        # one at 3 bits may have to be among them, for there must be one
+        assert int((plan[layer][none, 0] > 2).sum()) <= max(0, 2 - int((~none).sum()))
+    assert unused and f"{unused} experts saw no token: they cost nothing and get the fewest bits" in ctx.notes
+
+
+def test_an_error_that_is_not_a_number_is_said_with_its_place(checkpoint, context, monkeypatch):
+    model = checkpoint()
+    broken = {layer: torch.zeros(8, 3, dtype=torch.float64) for layer in (0, 1)}
+    broken[1][5, 2] = torch.nan
+    monkeypatch.setattr(gemq_module, "_costs", lambda *args: broken)
+    with pytest.raises(StageFailed, match="the error of rounding is not a number") as caught:
+        by_gemq(model, context())
+    assert caught.value.where == "layer 1, expert 5"
+
+
+def test_readers_constrain_the_plan(checkpoint, context):
+    model, ctx = checkpoint(), context()
+    text = text_for(model)
+    of_layers = by_gemq(model, ctx, text, average=6, bits=[2, 4, 8], servable="vllm").pairs()
+    assert sorted(sorted(set(pairs)) for pairs in of_layers.values()) == [[(4, 4)], [(8, 8)]]
+    whole = by_gemq(model, ctx, text, average=3.9, servable="hf").pairs()
+    assert {pair for pairs in whole.values() for pair in pairs} == {(3, 3)}
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_experts_in_one_tensor_share_their_bits(family, checkpoint, context):
+    model, ctx = checkpoint(family), context()
+    plan = by_gemq(model, ctx, average=3.0, bits=[2, 4])
+    assert sorted(bits.unique().tolist() for bits in plan.values()) == [[2], [4]]
+    assert "a layer's experts lie in one tensor: each layer has one number of bits" in ctx.notes
+    with pytest.raises(MoecliError, match="share their bits, so `at_least` cannot be kept") as caught:
+        by_pmq(model, context("pmq"))
+    assert caught.value.hint == "write `at_least: none`"
+
+
+BAD = [
+    ("pmq", {"average": 1.9}, "average", "`average` must be at least 2.375 with `at_least`, got 1.9"),
+    ("pmq", {"average": 2.3}, "average", "`average` must be at least 2.375 with `at_least`, got 2.3"),
+    ("gemq", {"average": 1.9}, "average", "`average` must be at least 2.0, got 1.9"),
+    ("gemq", {"average": 4.5}, "average", "`average` must be at most the largest number of bits allowed, 4, got 4.5"),
+    ("gemq", {"average": 3, "servable": "vllm", "bits": [2, 4, 8]}, "average",
+     "`average` must be at least 4.0, got 3.0"),
+    ("gemq", {"average": 2.5, "servable": "vllm", "bits": [2, 3]}, "bits",
+     "vLLM's experts take 4 or 8 bits, `bits` has none of them"),
+    ("pmq", {"average": 4, "servable": "vllm", "bits": [4, 8]}, "at_least",
+     "experts that share their bits cannot have one at each of the upper two"),
+    ("pmq", {"average": 3, "servable": "hf", "at_least": "none"}, "scope",
+     "one number of bits for the whole model cannot be chosen layer by layer"),
+    ("pmq", {"average": 3, "solver": "greedy"}, "solver", "`greedy` knows no `at_least`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "option", "message"), BAD)
+def test_what_cannot_work_is_said_before_anything_runs(name, options, option, message, checkpoint):
+    kind = {"pmq": Pmq, "gemq": Gemq}[name]
+    opt = kind.model_validate(options | {"average": float(options["average"])})
+    (problem,) = opt.problems(checkpoint().facts)
+    assert (problem.option, problem.message) == (option, message)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"average": 2.0}, {"average": 2.6}, {"average": 3.3}, {"average": 4.0}, {"average": 2.6, "scope": "layer"},
+        {"average": 3.3, "servable": "hf"}, {"average": 6.5, "servable": "vllm", "bits": [4, 8]},
+    ],
+)  # fmt: skip
+def test_a_forecast_is_as_large_as_the_plan(family, options, checkpoint, context):
+    model = checkpoint(family)
+    opt = Gemq(group_size=16, **options)
+    forecast = opt.forecast(sketch_of(model)).planned_bits
+    plan = by_gemq(model, context(), **options).pairs()
+    assert forecast.keys() == plan.keys() and {len(p) for p in forecast.values()} == {8}
+    assert sum(sum(map(sum, pairs)) for pairs in forecast.values()) == sum(sum(map(sum, p)) for p in plan.values())
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    words = ["a", "be", "cat", "dog", "eel", "fox", "gnu", "hen"]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [" ".join(words[(i * j) % 8] for j in range(1, 60)) for i in range(1, 30)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(path)
+
+
+def recipe_of(tmp_path, model, text_file, allocate, more=(), **top):
+    stages = [
+        {"run": "calibrate/statistics", "with": {"dataset": text_file, "samples": 6, "tokens_per_sample": 32}},
+        allocate,
+        *more,
+        {"run": "quantize/gptq", "with": {"group_size": 16, "attention_bits": 8}},
+        {"run": "eval/perplexity", "with": {"dataset": text_file, "window": 32}},
+    ]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"recipe": 1, "model": str(model), "seed": 0, "stages": stages, **top}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "allocate"),
+    [
+        ("qwen3_moe", {"run": "allocate/pmq", "with": {"average": 2.5, "group_size": 16}}),
+        ("mixtral", {"run": "allocate/gemq", "with": {"average": 2.75, "group_size": 16}}),
+        ("gpt_oss", {"run": "allocate/gemq", "with": {"average": 3.0, "bits": [2, 4], "group_size": 16}}),
+        ("deepseek_v3", {"run": "allocate/pmq", "with": {"average": 3.5, "bits": [2, 3, 4, 8], "group_size": 16}}),
+    ],
+)
+def test_a_recipe_from_text_to_a_verified_mix(family, allocate, tiny_model, text_file, tmp_path):
+    opened = open_recipe(recipe_of(tmp_path, tiny_model(family), text_file, allocate))
+    assert opened.plan.export == "compact"
+    result = run_plan(opened, tmp_path / "run")
+    report = result.report
+    assert report.verification.status == "passed" and report.export == "compact"
+    assert report.size.after.bytes == opened.plan.sketch_of(opened.plan.final).bytes
+    (plan_notes,) = [stage.notes for stage in report.stages if stage.name == allocate["run"]]
+    (notes,) = [stage.notes for stage in report.stages if stage.name == "quantize/gptq"]
+    assert any("bits of" in note and "on average" in note for note in plan_notes)
+    assert any("as stored with their scales" in note for note in notes)
+    assert [chart.title for chart in report.figures_data.charts] == ["Bits of experts"]
+
+
+def problems_in(path):
+    with pytest.raises(RecipeError) as caught:
+        open_recipe(path)
+    return [(d.message, d.hint) for d in caught.value.diagnostics]
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_runs(tiny_model, text_file, tmp_path):
+    prune = [{"run": "prune/frequency", "with": {"keep": 4}}]
+    allocate = {"run": "allocate/gemq", "with": {"average": 2.5, "group_size": 16}}
+    ((message, hint),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate, prune))
+    assert message == "`plan` comes from a model with 8 experts, the model here has 4"
+    assert hint.startswith("add a `allocate/...` stage above line")
+
+
+def test_a_mix_has_no_stock_form_and_the_recipe_hears_it(tiny_model, text_file, tmp_path):
+    allocate = {"run": "allocate/gemq", "with": {"average": 2.5, "group_size": 16}}
+    ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate, export="stock"))
+    assert "there is no stock form of this model" in message and "one packing for all experts" in message
+
+
+def test_a_tie_that_no_average_can_keep_is_refused(tiny_model, text_file, tmp_path):
+    allocate = {"run": "allocate/gemq", "with": {"average": 3.0, "bits": [4, 8], "servable": "vllm", "group_size": 16}}
+    ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate))
+    assert message == "`average` must be at least 4.0, got 3.0"
