@@ -2,8 +2,8 @@
 
 The same problems as `ops.budget`, but nothing is taken as additive: `fitness` looks at complete choices. Each
 generation makes `offspring` copies of the parent, each with a few level switches that keep the budget: one unit a level
-up, others down until it fits again. They are judged on a little of the text, the best on more, and in the last step the parent is
-judged beside the survivors, so that it is never lost to a worse child.
+up, others down until it fits again. They are judged on a little of the text, the best on more, and in the last step
+the parent is judged beside the survivors, so that it is never lost to a worse child.
 
 As in the authors' code the number of switches is the smaller of two uniform draws from 1..3, a child that is there
 already is drawn again, and a unit goes down for another of the same cost where there is one. Ours: costs may differ
