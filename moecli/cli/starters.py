@@ -50,7 +50,7 @@ stages:
   # - run: router/row-drop         # one router row per merged expert: loads everywhere, a little less exact
   - run: eval/lm-eval
     with: {{tasks: [arc_easy, hellaswag]}}
-export: auto                       # stock where exact, else compact; `expanded` writes full size
+export: auto                       # stock where exact, else compact; `expanded` and `research` write full size
 """,
     "quantize": f"""\
 # Only fewer bits per weight; needs no calibration.

@@ -25,7 +25,7 @@ from moecli.engine.collectors.base import Total
 from moecli.engine.data import batches_of
 from moecli.engine.sweep import Track, sweep
 from moecli.families import adapter, family_of, linears_of
-from moecli.io.formats import packed_names
+from moecli.io.formats import packed_weights, parts_of
 from moecli.ops import locality, usage
 from moecli.ops.super_experts import super_experts
 
@@ -174,12 +174,13 @@ def _refuse_uneven(texts: Mapping[str, CalibrationText]) -> None:
 def expert_bytes(checkpoint: Checkpoint) -> dict[int, float]:
     """Bytes on disk of one expert, by MoE layer, scales of packed ones included: what a cache of experts holds."""
     dense = adapter.dense(checkpoint)
-    family, stored = family_of(dense.config), set(checkpoint.names())
+    family, specs = family_of(dense.config), {name: checkpoint.spec(name) for name in checkpoint.names()}
+    packed = packed_weights(specs)
     total = dict.fromkeys(dense.facts.moe_layers, 0)
     for linear in linears_of(dense.config, {name: dense.spec(name) for name in dense.names()}):
         if linear.role == "expert" and linear.layer is not None:
-            names = [linear.name] if linear.name in stored else packed_names(linear.name)
-            total[linear.layer] += sum(checkpoint.spec(name).bytes for name in names)
+            names = parts_of(linear.name, specs) if linear.name in packed else [linear.name]
+            total[linear.layer] += sum(specs[name].bytes for name in names)
     return {layer: size / family.experts_in(layer) for layer, size in total.items()}
 
 

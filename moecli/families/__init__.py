@@ -15,6 +15,7 @@ from moecli.families.family import (
     linears_of,
     one_group,
 )
+from moecli.families.packing import form_of
 from moecli.families.routing import RouteRule, Routing, route
 from moecli.families.sketch import forecast_alias, forecast_keep, forecast_row_drop
 from moecli.families.widths import (
@@ -45,6 +46,7 @@ __all__ = [
     "forecast_row_drop",
     "forecast_width",
     "forecast_widths",
+    "form_of",
     "keep_problem",
     "linears_of",
     "one_group",

@@ -9,7 +9,7 @@ from typing import Any
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import DTYPE_BYTES, ModelSketch, TensorSpec
 from moecli.families.family import Family, Linear, family_of
-from moecli.io.formats import packed_names, scheme_of, schemes_of
+from moecli.io.formats import packed_names, parts_of, scheme_of, schemes_of
 from moecli.ops.roofline import LayerCount, Matrix, ModelCount
 
 Specs = Mapping[str, TensorSpec]
@@ -52,7 +52,7 @@ class _Counter:
         self._schemes = schemes_of(sketch.config)
         self._hidden = family.facts.hidden
         self._packed = {name.removesuffix("_packed") for name in sketch.specs if name.endswith("_packed")}
-        parts = {part for name in self._packed for part in packed_names(name)}
+        parts = {part for name in self._packed for part in parts_of(name, sketch.specs)}
         self._shapes = {name: spec for name, spec in sketch.specs.items() if name not in parts}
         self._shapes |= {name: self._dense(name) for name in self._packed}
         self.linears: dict[str, Linear] = {linear.name: linear for linear in family.linears_in(self._shapes)}
@@ -60,7 +60,7 @@ class _Counter:
     def _dense(self, name: str) -> TensorSpec:
         """Shape of the weight that is packed, outputs before inputs."""
         packed = self._specs[packed_names(name).packed]
-        columns = packed.shape[-1] * 32 // self._bits(name)
+        columns = int(packed.shape[-1] * DTYPE_BYTES[packed.dtype] * 8 // self._bits(name))
         return TensorSpec("bfloat16", (*packed.shape[:-1], columns))
 
     def _bits(self, name: str) -> int:
@@ -81,7 +81,7 @@ class _Counter:
         outputs, inputs = shape[-2:]
         if linear.transposed and name not in self._packed:
             outputs, inputs = inputs, outputs
-        parts = packed_names(name) if name in self._packed else [name]
+        parts = parts_of(name, self._specs) if name in self._packed else [name]
         size = sum(self._specs[part].bytes for part in parts)
         return Matrix(inputs, outputs, size / (shape[0] if len(shape) == 3 else 1))
 

@@ -378,6 +378,11 @@ class DenseView(StoredCheckpoint):
         shape, transposed = self._shape(name)
         return _logical(shape, transposed)[-1] // self.parent.spec(packed_names(name).scale).shape[-1]
 
+    def logical(self, name: str) -> tuple[int, int]:
+        """Outputs and inputs of a weight packed as integers."""
+        rows, columns = _logical(*self._shape(name))[-2:]
+        return rows, columns
+
     def _shape(self, name: str) -> tuple[tuple[int, ...], bool]:
         """Shape of the dense tensor, and whether its inputs come before its outputs."""
         if name not in self._shapes:

@@ -1,9 +1,9 @@
-"""Who loads which packed experts, and whether they then compute what was meant: a table, asked before a file is written.
+"""Who loads which packed experts, and whether they then compute what was meant: asked before a file is written.
 
 Three answers: a loader computes what the numbers say (`works`), says that it cannot (`refused`), or loads without a
-word and computes something else (`wrong`). What is `wrong` or `refused` in stock transformers is never written as a stock
-checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (its CPU build runs
-none of these experts without AMX, so its rows are `read` in its source, not `run`).
+word and computes something else (`wrong`). What is `wrong` or `refused` in stock transformers is never written as a
+stock checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (its CPU build
+runs none of these experts without AMX, so its rows are `read` in its source, not `run`).
 
 `python scripts/servable_table.py` writes the table into docs/formats.md.
 """
@@ -88,9 +88,9 @@ TABLE: tuple[Row, ...] = (
         "run: 5.17 and 5.23, error 0", ("int",), (2, 3, 4, 8)),
     Row("transformers", "refused", "ends with an error of conversion", "run: 5.17", ("int",),
         symmetric=False, hint="write symmetric codes"),
-    Row("transformers", "wrong", "decodes all experts as the first group of its config says; by shapes, some versions "
-        "notice and refuse", "run: 5.17, errors 0.12 to 1; 5.23, error 1.4 or refused", ("int", "mxfp4", "fp8"),
-        mix=MIXES, hint=f"{_ONE}, or write `export: compact`"),
+    Row("transformers", "wrong", "reads one packing for all experts and says so only where shapes disagree",
+        "run: 5.17, errors from 0.12; 5.23, error 1.4 or refused", ("int", "mxfp4", "fp8"),
+        mix=MIXES, hint=f"write `export: compact`, or {_ONE}"),
     Row("transformers", "works", "decodes them to dense experts while loading", "run: 5.17 and 5.23, error 0",
         ("mxfp4",), dtypes=("bfloat16",)),
     Row("transformers", "refused", "makes attention bfloat16, which no other dtype multiplies", "run: 5.23",
@@ -143,13 +143,13 @@ def why_not(form: Form, servable: Servable) -> Row | None:
     return next((row for row in answers if row.verdict != "works"), None)
 
 
-def words(form: Form) -> str:
+def in_words(form: Form) -> str:
     """`4 bits in groups of 128`, `2 and 4 bits in rows, by expert`."""
     names = {"fp8": "FP8 in rows", "fp8_block": "FP8 in blocks of 128", "mxfp4": "MXFP4"}
     groups = " and ".join("rows" if size == CHANNEL else f"groups of {size}" for size in form.groups)
     bits = " and ".join(map(str, form.bits))
     said = names.get(form.format, f"{bits} bits in {groups}")
-    return said if form.mix == "none" else f"{said}, different by {form.mix}"
+    return said if form.mix == "none" else f"{said}, which differ by {form.mix}"
 
 
 def markdown() -> str:

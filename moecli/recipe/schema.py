@@ -86,8 +86,9 @@ class Recipe(_Part):
     """Decides everything random."""
     stages: Annotated[list[StageEntry], Field(min_length=1)]
     """What is done, in this order."""
-    export: Literal["auto", "stock", "compact", "expanded"] = "auto"
-    """Form of the finished checkpoint; `auto` is `stock` wherever that is exact."""
+    export: Literal["auto", "stock", "compact", "expanded", "research"] = "auto"
+    """Form of the finished checkpoint; `auto` is `stock` wherever that is exact, else `compact`. `expanded` and
+    `research` are dense; `research` keeps what was packed beside it."""
     expected: list[Expected] = Field(default_factory=list)
     """Numbers this run should reproduce, for `moecli table`; they change nothing in the run."""
 

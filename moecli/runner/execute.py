@@ -393,7 +393,7 @@ def _export(execution: Execution) -> None:
     folder.begin()
     export(checkpoint, target, kind)
     execution.emit({"event": "note", "stage": "export", "text": f"verifying {kind} export in a fresh process"})
-    verification = verify(target, checkpoint, source=execution.source)
+    verification = verify(target, checkpoint, source=execution.source, kind=kind)
     if verification.problems:
         failed = _set_aside(target)
         raise StageFailed(

@@ -1,4 +1,4 @@
-"""The finished model folder, in one of three forms.
+"""The finished model folder, in one of four forms.
 
 stock      one expert for each router row and one packing for all experts: loads with nothing of ours
 compact    router rows that share experts, experts of different widths, experts packed in different ways, or packed
@@ -6,9 +6,12 @@ compact    router rows that share experts, experts of different widths, experts 
            file put beside the weights
 expanded   a compact model written out, dense, with a copy of its expert for each row and zeros for channels that are
            gone: stock, nothing saved
+research   a packed model written out, dense, and its codes and scales in `packed/` beside it (`runner.sidecar`): stock,
+           nothing saved on disk, for mixes of bits that no engine reads
 
-All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes. Corrections of packed
-weights go into a folder beside them (`runner.adapters`), in the expanded form into the weights.
+Which loader reads which packed experts rightly, `io.servable` says: what stock transformers would misread or refuse is
+never written as `stock`. All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes.
+Corrections of packed weights go into a folder beside them (`runner.adapters`), in the dense forms into the weights.
 """
 
 from __future__ import annotations
@@ -21,21 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from moecli.core.artifacts import Checkpoint, sketch_of
 from moecli.core.errors import Problem, UsageError
 from moecli.core.model import ModelSketch, TensorSpec
-from moecli.families import ALIAS_KEY, WIDTHS_KEY, family_of, linears_of, padded
+from moecli.families import ALIAS_KEY, WIDTHS_KEY, family_of, form_of, padded
 from moecli.io.durable import natural_key
-from moecli.io.formats import (
-    CHANNEL,
-    DenseView,
-    corrected_weights,
-    factor_names,
-    packed_names,
-    packed_weights,
-    scheme_of,
-    schemes_of,
-)
+from moecli.io.formats import DenseView, corrected_weights, factor_names, format_of, packed_weights
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.servable import in_words, why_not
 from moecli.io.writer import Export, export_folder
 from moecli.runner.adapters import write_adapter
+from moecli.runner.sidecar import write_sidecar
 from moecli.runtime.modeling_file import AUTO_MAP, FILE_NAME, modeling_source
 from moecli.runtime.quantizer import METHOD, compact_config
 
@@ -43,7 +39,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["stock", "compact", "expanded"]
+Kind = Literal["stock", "compact", "expanded", "research"]
+DENSE: tuple[Kind, ...] = ("expanded", "research")
+"""Forms that hold dense weights."""
 
 
 def choose(checkpoint: Checkpoint) -> Literal["stock", "compact"]:
@@ -66,20 +64,50 @@ def export(
     view = as_written(checkpoint, kind)
     files = {FILE_NAME: modeling_source()} if "auto_map" in view.config else {}
     written = export_folder(view, folder, extra_files=files | dict(extra_files or {}))
-    if kind != "expanded":
+    if kind not in DENSE:
         write_adapter(checkpoint, folder)
+    if kind == "research":
+        write_sidecar(checkpoint, folder)
     return written
 
 
 def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
     """What `export` writes, as a checkpoint: config and tensors of the folder to be."""
-    if kind == "expanded":
-        return _Expanded(padded(DenseView(checkpoint)))
-    if kind == "compact":
-        return _Compact(checkpoint)
-    if reason := why_not_stock(sketch_of(checkpoint)):
+    if reason := why_not_exported(sketch_of(checkpoint), kind):
         raise UsageError(reason.message, hint=reason.hint)
-    return _View(checkpoint)
+    if kind in DENSE:
+        return _Expanded(padded(DenseView(checkpoint)))
+    return _Compact(checkpoint) if kind == "compact" else _View(checkpoint)
+
+
+def why_not_exported(model: ModelSketch, kind: Kind | Literal["auto"]) -> Problem | None:
+    """Why a model, written or only planned, has no such form, and what to type instead."""
+    if kind == "expanded":
+        return None
+    if kind == "research":
+        return _why_not_research(model)
+    stock, compact = why_not_stock(model), _why_not_compact(model)
+    if kind == "auto":
+        return stock if compact else None
+    return stock if kind == "stock" else compact
+
+
+def _why_not_compact(model: ModelSketch) -> Problem | None:
+    floats = sorted({format_of(name, model.specs) for name in packed_weights(model.specs)} - {"int"})
+    if not floats:
+        return None
+    return Problem("export", f"the compact form packs integers only, this model has weights in {floats[0]}",
+                   hint="write `format: int` in the `quantize/...` stage, or `export: research`")  # fmt: skip
+
+
+def _why_not_research(model: ModelSketch) -> Problem | None:
+    if model.config.get(ALIAS_KEY) or model.config.get(WIDTHS_KEY):
+        return Problem("export", "the research form is for experts of one count and width",
+                       hint="write `export: compact`, or `export: expanded`")  # fmt: skip
+    if model.specs and not packed_weights(model.specs):
+        return Problem("export", "the research form is for packed weights, and no stage packs any",
+                       hint="write `export: auto`")  # fmt: skip
+    return None
 
 
 def why_not_stock(model: ModelSketch) -> Problem | None:
@@ -97,43 +125,13 @@ def why_not_stock(model: ModelSketch) -> Problem | None:
             f"its experts have {found[0]} to {found[-1]} channels, a stock config one width for all",
             "write `widths: uniform` in the `slim/...` stage, or `export: compact`",
         )
-    packed = packed_weights(model.specs)
-    if any(len(model.specs[packed_names(name).packed].shape) == 3 for name in packed):
-        return _no_stock(
-            f"transformers has no packed form for the experts of `{model.facts.model_type}`, "
-            "all of a layer in one tensor",
-            "write `export: compact`",
-        )
-    if packed and len(packings := _expert_packings(model, packed)) > 1:
-        return _no_stock(
-            f"transformers reads one packing for all experts, they have {' and '.join(packings)}",
-            "write `export: compact`, or give all experts the same bits and group size",
-        )
+    if (form := form_of(model)) and (row := why_not(form, "hf")):
+        return _no_stock(f"its experts are packed to {in_words(form)}, and transformers {row.note}", row.hint)
     return None
 
 
-def _no_stock(reason: str, hint: str) -> Problem:
+def _no_stock(reason: str, hint: str | None) -> Problem:
     return Problem("export", f"there is no stock form of this model: {reason}", hint=hint)
-
-
-def _expert_packings(model: ModelSketch, packed: set[str]) -> list[str]:
-    """How routed experts are packed, in words, each way once; `16 bits` stands for not packed.
-
-    Empty for a model that is only planned: forecasts are of tensors, the config's groups come with the weights.
-    """
-    schemes, found = schemes_of(model.config), set()
-    if not schemes:
-        return []
-    # Of a packed weight only name and rank count here, and the packed words have the same rank.
-    specs = dict(model.specs) | {name: model.specs[packed_names(name).packed] for name in packed}
-    for linear in linears_of(model.config, specs):
-        if linear.role == "expert" and linear.name in packed:
-            scheme = scheme_of(linear.name, schemes)
-            groups = "rows" if scheme.group_size == CHANNEL else f"groups of {scheme.group_size}"
-            found.add(f"{scheme.bits} bits in {groups}")
-        elif linear.role == "expert":
-            found.add("16 bits")
-    return sorted(found, key=natural_key)
 
 
 class _View(StoredCheckpoint):

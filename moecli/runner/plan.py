@@ -18,7 +18,7 @@ from moecli.core.model import ModelSketch
 from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
 from moecli.recipe.schema import Recipe, StageEntry, resolved_yaml
 from moecli.runner import lookup
-from moecli.runner.export import why_not_stock
+from moecli.runner.export import why_not_exported, why_not_stock
 
 SOURCE = -1
 """Stands for the source model where a step's index is expected. An input called `source` is it, unless `use` says
@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe, source: ModelSketch, source_key: str) -> Plan:
     if problems:
         raise RecipeError(tuple(problems), recipe.path)
     plan = Plan(recipe, source_key, source, tuple(steps), tuple(options))
-    if recipe.export == "stock" and plan.final != SOURCE and (problem := why_not_stock(plan.sketch_of(plan.final))):
+    if plan.final != SOURCE and (problem := why_not_exported(plan.sketch_of(plan.final), recipe.export)):
         place = recipe.located.place("export")
         raise RecipeError((Diagnostic(problem.message, place, problem.hint),), recipe.path)
     return plan

@@ -5,6 +5,8 @@ Checks, in this order, each made whether the ones before it passed or not:
 tensors    every tensor of the source is kept, rewritten or dropped with a reason, and the folder holds what
            the chain of stages says and nothing else, shape by shape
 shapes     the MoE layers agree with `config.json`
+packing    where weights are packed: words, scales and shapes of each agree, scales are numbers, and no loader that the
+           folder is for would misread it (`io.servable`); `sidecar`: dense weights are what `packed/` decodes to
 routers    routers, their biases and correction biases are bit-equal to the source's, or to what the stage
            that wrote them made, and have the source's dtype
 adapter    where weights are corrected: the factors beside the model are bit-equal to those of the stage
@@ -30,14 +32,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moecli.core.artifacts import Checkpoint
-from moecli.core.model import ModelFacts, TensorSpec
-from moecli.families import facts_of, family_of
-from moecli.io.durable import gib
-from moecli.io.formats import DenseView, corrected_weights, packed_names, packed_weights
+from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
+from moecli.families import facts_of, family_of, form_of
+from moecli.io.durable import gib, natural_key
+from moecli.io.formats import DenseView, corrected_weights, format_of, packed_names, packed_weights
 from moecli.io.overlay import fates
 from moecli.io.reader import FolderCheckpoint, StoredCheckpoint, stored
+from moecli.io.servable import in_words, why_not
 from moecli.runner.adapters import adapter_problems
-from moecli.runner.export import Kind, as_written, choose
+from moecli.runner.export import DENSE, Kind, as_written, choose
+from moecli.runner.sidecar import has_sidecar, sidecar_problems
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +119,12 @@ def verify(
         "shapes": _shape_problems(exported),
         "routers": list(_router_problems(exported, written, bottom)),
     }
-    if kind != "expanded" and corrected_weights(checkpoint.names()):
+    if packed_weights(exported.names()):
+        found["packing"] = list(_packing_problems(exported))
+    if kind not in DENSE and corrected_weights(checkpoint.names()):
         found["adapter"] = adapter_problems(checkpoint, folder)
+    if kind == "research":
+        found["sidecar"] = sidecar_problems(folder, checkpoint)
     checks = [_check(name, problems) for name, problems in found.items()]
     checks[0] = _with_detail(checks[0], _summary(accounting))
     late, problems = _reload(exported, DenseView(written), free_bytes)
@@ -140,15 +148,23 @@ def verify_folder(
         accounting, problems = compare(exported, source)
         checks.append(_with_detail(_check("tensors", problems), _summary(accounting)))
         checks.append(Check("routers", "passed", _router_detail(exported, source)))
-    shapes = _shape_problems(exported)
+    found = {"shapes": _shape_problems(exported)}
+    if packed_weights(exported.names()):
+        found["packing"] = list(_packing_problems(exported))
+    if has_sidecar(folder):
+        found["sidecar"] = sidecar_problems(folder)
     late, more = _reload(exported, DenseView(exported), free_bytes)
-    return Verification((*checks, _check("shapes", shapes), *late), (*problems, *shapes, *more), accounting)
+    checks += [_check(name, said) for name, said in found.items()]
+    problems += [problem for said in found.values() for problem in said]
+    return Verification((*checks, *late), (*problems, *more), accounting)
 
 
 def _kind_of(exported: FolderCheckpoint, checkpoint: Checkpoint) -> Kind:
     quantization = exported.config.get("quantization_config") or {}
     if quantization.get("quant_method") == "moecli":
         return "compact"
+    if has_sidecar(exported.folder):
+        return "research"
     return "stock" if choose(checkpoint) == "stock" else "expanded"
 
 
@@ -237,6 +253,38 @@ def _said(spec: TensorSpec) -> str:
 def _shape_problems(exported: Checkpoint) -> list[str]:
     dense = DenseView(exported)
     return [str(problem) for problem in family_of(dense.config).accounting(dense)]
+
+
+def _packing_problems(exported: FolderCheckpoint) -> Iterable[str]:
+    """Packed weights whose parts disagree, and a form that stock transformers would not read as it is meant."""
+    import torch
+
+    specs = {name: exported.spec(name) for name in exported.names()}
+    dense = DenseView(exported)
+    for name in sorted(packed_weights(specs), key=natural_key):
+        if format_of(name, specs) == "int":
+            yield from _word_problems(name, dense, specs)
+        scale = packed_names(name).scale
+        values = exported.get(scale)
+        if values.is_floating_point() and not bool((torch.isfinite(values) & (values != 0)).all()):
+            yield f"`{scale}` has values that are not finite or are zero"
+    if "auto_map" in exported.config:
+        return
+    if (form := form_of(ModelSketch(exported.facts, exported.config, specs))) and (row := why_not(form, "hf")):
+        yield f"experts are packed to {in_words(form)}, and transformers {row.note}"
+
+
+def _word_problems(name: str, dense: DenseView, specs: Mapping[str, TensorSpec]) -> Iterable[str]:
+    """What of integer words, scales and the stored shape does not go together."""
+    parts, bits, shape = packed_names(name), dense.bits(name), dense.spec(name).shape
+    rows, columns = dense.logical(name)
+    words, groups = specs[parts.packed].shape[-1], specs[parts.scale].shape[-1]
+    if words != -(-columns * bits // 32):
+        yield f"`{name}` of {list(shape)} needs {-(-columns * bits // 32)} words a row at {bits} bits, it has {words}"
+    if rows != specs[parts.packed].shape[-2] or rows != specs[parts.scale].shape[-2]:
+        yield f"`{name}` of {list(shape)} has words for {specs[parts.packed].shape[-2]} rows"
+    if columns % groups:
+        yield f"`{name}` of {list(shape)} has {groups} scales a row"
 
 
 # -- routers ----

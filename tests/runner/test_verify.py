@@ -79,7 +79,7 @@ def test_packed_models_pass_with_a_difference_of_zero(merge_first, tiny_model, t
     assert found.problems == ()
     assert detail(found, "logits").startswith("largest difference 0, allowed 0.0")
     assert found.accounting["model.layers.0.self_attn.q_proj.weight"] == "dropped: packed to 4 bits"
-    assert results(verify_folder(tmp_path / "model")) == dict.fromkeys(("shapes", "reload", "logits"), "passed")
+    assert results(verify_folder(tmp_path / "model")) == dict.fromkeys(("shapes", "packing", "reload", "logits"), "passed")
 
 
 def test_accounting_says_what_became_of_each_tensor(tiny_model, tmp_path):
