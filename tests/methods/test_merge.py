@@ -117,3 +117,19 @@ def test_dropping_rows_keeps_those_of_the_leads(checkpoint, context):
 def test_rows_cannot_be_dropped_before_a_merge(checkpoint):
     (problem,) = RowDrop().problems(checkpoint().facts)
     assert "one row for each of its 8 experts" in problem.message
+
+
+def test_how_many_merged_experts_a_token_goes_to(checkpoint, context):
+    """Behind the alias map, among 4 picks: each group is counted once."""
+    model, ctx = checkpoint(top_k=4), context()
+    layers, family = model.facts.moe_layers, family_of(model.config)
+    x = torch.randn(30, model.facts.hidden, generator=torch.Generator().manual_seed(0))
+    count = torch.ones(8, dtype=torch.int64)
+    stats = CalibrationStats({i: LayerStats(30, count, count.double(), {"tok_reservoir": x}) for i in layers})
+    weighted(Weighted(), plan_for(model), model, stats, ctx)
+    for layer in layers:
+        chosen = family.route_tokens(model, layer, x).experts_Tk.tolist()
+        expected = sum(len({int(GROUPS[e]) for e in row}) for row in chosen) / 30
+        assert 1 < expected < 4
+        assert ctx.records["experts_per_token"][str(layer)] == pytest.approx(expected)
+    assert "merged experts on average, 4 before merging" in ctx.notes[-1]

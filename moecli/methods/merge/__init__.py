@@ -49,9 +49,12 @@ MergeLayer = Callable[[int, LayerPlan, ExpertWeights], ExpertWeights]
 """(layer, its plan, its experts with a leading E on the device) -> the merged experts with a leading K, of any float"""
 
 
-def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: Context) -> Checkpoint:
+def merge_experts(
+    model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, stats: CalibrationStats | None, ctx: Context
+) -> Checkpoint:
     """Replace the experts of every planned layer by one for each group, and write the alias map.
 
+    Reports how many merged experts a token goes to, where statistics hold a sample of tokens.
     Raises StageFailed when the plan drops experts or does not fit the model.
     """
     family = family_of(model.config)
@@ -70,7 +73,20 @@ def merge_experts(model: Checkpoint, plan: ExpertPlan, merge: MergeLayer, ctx: C
         out.part("mtp", lambda part: family.drop_mtp(part, model))
     ctx.record("groups", {str(layer): p.group_E.tolist() for layer, p in plan.items()})
     ctx.record("leads", {str(layer): p.lead_K.tolist() for layer, p in plan.items()})
+    if stats is not None and all("tok_reservoir" in stats[layer].extra for layer in plan):
+        reached = {layer: spread(family, model, layer, p, reservoir(stats, layer)) for layer, p in plan.items()}
+        ctx.record("experts_per_token", {str(layer): mean for layer, mean in reached.items()})
+        ctx.note(
+            f"a token goes to {sum(reached.values()) / len(reached):.2f} merged experts on average, "
+            f"{model.facts.top_k} before merging: of one group it may have chosen several"
+        )
     return out.checkpoint
+
+
+def spread(family: Family, model: Checkpoint, layer: int, plan: LayerPlan, x_TD: Tensor) -> float:
+    """How many groups a token of this sample goes to on average, each counted once: at most `top_k`."""
+    group_Tk = plan.group_E[family.route_tokens(model, layer, x_TD).experts_Tk].sort(-1).values
+    return float((group_Tk.diff(dim=-1) != 0).sum(-1).double().mean()) + 1
 
 
 def averaged(experts: ExpertWeights, share_E: Tensor, plan: LayerPlan) -> ExpertWeights:

@@ -75,7 +75,7 @@ def merge_moe(opt: MergeMoe, plan: ExpertPlan, model: Checkpoint, stats: Calibra
             weight_TE.scatter_(1, routing.experts_Tk, routing.weights_Tk)
         return fit_down(family, experts, start, layer_plan, x_TD, weight_TE, opt.ridge)
 
-    return merge_experts(model, plan, merge, ctx)
+    return merge_experts(model, plan, merge, stats, ctx)
 
 
 def fit_down(

@@ -32,4 +32,4 @@ def ream(opt: Ream, plan: ExpertPlan, model: Checkpoint, stats: CalibrationStats
         experts = aligned_to_leads("weights+acts", family, layer, layer_plan, experts, stats)
         return averaged(experts, layer_plan.share_E, layer_plan)
 
-    return merge_experts(model, plan, merge, ctx)
+    return merge_experts(model, plan, merge, stats, ctx)

@@ -82,7 +82,7 @@ def sub_moe(
             down_DF=truncated(average.down_DF, experts.down_DF, "h_cov"),
         )
 
-    merged = merge_experts(model, plan, merge, ctx)
+    merged = merge_experts(model, plan, merge, stats, ctx)
     if opt.ratio is not None:
         ctx.note(f"matrices have rank {opt.ratio:g} O I / (O + I) but are stored whole: truncation saves no bytes here")
     if total := sum(unseen.values()):

@@ -47,4 +47,4 @@ def weighted(
         experts = aligned_to_leads(opt.align, family, layer, layer_plan, experts, stats)
         return averaged(experts, group_shares(layer_plan, opt.weights), layer_plan)
 
-    return merge_experts(model, plan, merge, ctx)
+    return merge_experts(model, plan, merge, stats, ctx)
