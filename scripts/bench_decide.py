@@ -50,6 +50,10 @@ MERGING: tuple[tuple[str, Given], ...] = (
 )  # fmt: skip
 
 
+SLOW = ("prune/naee", "cluster/sub-moe")
+"""Stages that are not run once before they are timed."""
+
+
 class Work:
     """What a stage asks of its context."""
 
@@ -135,7 +139,8 @@ def decisions(model: FolderCheckpoint, stats: CalibrationStats, keep: int, root:
     print(f"{'decision':46} {'a layer':>12} {'48 layers':>12}")
     for at, (name, given) in enumerate((*PRUNING, *CLUSTERING)):
         stage, opt = _stage(name, {"keep": keep, **given})
-        _run(stage, opt, Work(root / f"warm-{at}", bench.device), model=model, stats=stats)
+        if name not in SLOW:
+            _run(stage, opt, Work(root / f"warm-{at}", bench.device), model=model, stats=stats)
         work = Work(root / f"decide-{at}", bench.device)
         seconds = bench.seconds(lambda s=stage, o=opt, w=work: _run(s, o, w, model=model, stats=stats))
         _line(name, given, seconds / len(stats))
