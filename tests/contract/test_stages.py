@@ -24,6 +24,7 @@ VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"], "average
 OVERRIDES = {
     "allocate/pmq": {"group_size": 16},
     "allocate/gemq": {"group_size": 16},
+    "allocate/evopress": {"group_size": 16, "generations": 2, "offspring": 2, "steps": [[1, 64]]},
     **{n: {"align": 8} for n in lookup.names() if "align" in lookup.find(n).options.model_fields},
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
