@@ -88,7 +88,7 @@ def test_a_stock_form_of_packed_stacks_is_refused_by_the_plan(family, tiny_model
     with pytest.raises(RecipeError) as caught:
         open_recipe(tmp_path / "recipe.yaml")
     (problem,) = caught.value.diagnostics
-    assert f"transformers has no packed form for the experts of `{family}`" in problem.message
+    assert "transformers has no packed form for experts that one tensor a layer holds" in problem.message
     assert problem.hint == "write `export: compact`"
 
 
@@ -110,3 +110,22 @@ def test_merged_by_fitted_experts_and_a_fitted_router(family, text, tiny_model, 
     assert verification(result)["logits"] == "largest difference 0, allowed 0"
     assert result.report.export == "stock"
     assert (written.facts.experts, written.facts.router_rows) == (KEEP, KEEP)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels_dropped_by_layer_or_expert(family, text, tiny_model, tmp_path):
+    """Widths of their own: the plan knows the bytes, evaluations run, and a fresh process computes the same bits."""
+    widths = "per_layer" if family in STACKED else "ragged"
+    options = {"ratio": 0.5, "scope": "global", "widths": widths, "align": 8, "repair": "least_squares"}
+    stages = calibrate(text) | {"slim/camera-p": options, "eval/perplexity": {"dataset": str(text), "window": 32}}
+    entries = [{"run": name, "with": options} for name, options in stages.items()]
+    recipe = {"recipe": 1, "model": str(tiny_model(family, dtype="bfloat16")), "seed": 0, "stages": entries}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    opened = open_recipe(tmp_path / "recipe.yaml")
+    result = run_plan(opened, tmp_path / "run")
+    assert verification(result)["logits"] == "largest difference 0, allowed 0"
+    assert result.report.export == opened.plan.export == "compact"
+    size = result.report.size
+    assert size.after.by_part["experts"] == size.before.by_part["experts"] / 2
+    assert size.after.bytes == opened.plan.sketch_of(opened.plan.final).bytes
+    assert all(0 < row.after < float("inf") and row.after != row.before for row in result.report.metrics)
