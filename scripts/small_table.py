@@ -1,6 +1,6 @@
 """One table over a small model: pruning, merging, routers, quantization and channels at several sizes.
 
-python scripts/small_table.py MODEL_FOLDER [--out runs/small-table] [--rows experts|channels] [--keep 24 16]
+python scripts/small_table.py MODEL_FOLDER [--out runs/small-table] [--rows experts|channels|bits] [--keep 24 16]
     [--only m-smoe ream] [--device cuda] [--jobs 4]
 
 MODEL_FOLDER holds a model and `tasks/` with `calibration.jsonl` and the lm-eval tasks small_continuation and
@@ -122,6 +122,7 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
             f"ream-{keep}-row-drop": [
                 {"run": "cluster/ream", "with": {"keep": keep}}, {"run": "merge/ream"}, {"run": "router/row-drop"},
             ],
+            f"ream-{keep}-sequential": [{"run": "merge/ream-sequential", "with": {"keep": keep, "dtype": "float32"}}],
             f"hc-smoe-{keep}-merge-moe-alias": [hc_smoe[0], {"run": "merge/merge-moe"}],
             f"m-smoe-{keep}-merge-moe-paper-alias": [
                 m_smoe,
@@ -136,6 +137,47 @@ def variants(keeps: list[int]) -> dict[str, list[dict[str, Any]]]:
             f"reap-{keep}-kd": [*reap, kd],
         }  # fmt: skip
     return rows
+
+
+def bits_rows() -> dict[str, list[dict[str, Any]]]:
+    """Quantization below 4 bits and around it: grids, mixes of bits over experts, corrections."""
+
+    def stage(name: str, **options: Any) -> dict[str, Any]:
+        return {"run": name, "with": {"group_size": 128, **options}}
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for bits in (4, 3, 2):
+        rows[f"hqq-{bits}"] = [stage("quantize/hqq", bits=bits)]
+        rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
+        for method in ("eora", "lqer", "slim"):
+            rows[f"gptq-{bits}-{method}-16"] = [
+                stage("quantize/gptq", bits=bits), {"run": f"compensate/{method}", "with": {"rank": 16}},
+            ]  # fmt: skip
+        rows[f"rtn-{bits}-eora-16"] = [
+            stage("quantize/rtn", bits=bits), {"run": "compensate/eora", "with": {"rank": 16}},
+        ]  # fmt: skip
+    rows["rtn-4-group-32"] = [{"run": "quantize/rtn", "with": {"bits": 4, "group_size": 32}}]
+    for average in (3.0, 2.5, 2.25):
+        plans = {
+            "pmq": [stage("allocate/pmq", average=average)],
+            "gemq": [stage("allocate/gemq", average=average)],
+            "quantmoe-bench": [{"run": "allocate/quantmoe-bench", "with": {"average": average}}],
+            "evopress": [stage("allocate/evopress", average=average, **EVOPRESS)],
+            "gemq-evopress": [
+                stage("allocate/gemq", average=average), stage("allocate/evopress", average=average, **EVOPRESS),
+            ],
+        }  # fmt: skip
+        for name, plan in plans.items():
+            rows[f"{name}-{average}-gptq"] = [*plan, stage("quantize/gptq", bits=4)]
+        rows[f"pmq-{average}-rtn"] = [*plans["pmq"], stage("quantize/rtn", bits=4)]
+        rows[f"gemq-{average}-gptq-eora-16"] = [
+            *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 16}},
+        ]  # fmt: skip
+    return rows
+
+
+EVOPRESS = {"generations": 30, "offspring": 16, "steps": [[4, 2048], [1, 8192]]}
+"""A fifth of the published generations, an eighth of its children."""
 
 
 class Runner:
@@ -232,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/small-table"))
-    parser.add_argument("--rows", choices=("experts", "channels"), default="experts")
+    parser.add_argument("--rows", choices=("experts", "channels", "bits"), default="experts")
     parser.add_argument("--keep", type=int, nargs="+", default=[24, 16])
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     parser.add_argument("--device", default="cpu")
@@ -243,6 +285,8 @@ def main() -> None:
         from slim_table import slim_rows
 
         rows = slim_rows()
+    elif args.rows == "bits":
+        rows = bits_rows()
     else:
         rows = variants(args.keep)
     rows = {name: stages for name, stages in rows.items() if not args.only or any(part in name for part in args.only)}

@@ -17,7 +17,7 @@ every expert on every token of a layer, and one pass more through what it became
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -55,6 +55,8 @@ class ReamSequential(Options):
     """Experts left per layer."""
     limit: PositiveInt = 16
     """Largest group."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute in; `auto` is the checkpoint's. Many CPUs are much faster in `float32`."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Sequences per forward pass."""
 
@@ -80,7 +82,10 @@ def ream_sequential(opt: ReamSequential, text: CalibrationText, model: Checkpoin
     if isinstance(text, CalibrationStats) and text.text is None:
         raise StageFailed("these statistics have no text of their own", hint="add a `calibrate/text` stage above")
     family, plans = family_of(model.config), {}
-    swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=READS)
+    swept = sweep(
+        model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=READS,
+        dtype=None if opt.dtype == "auto" else getattr(torch, opt.dtype),
+    )  # fmt: skip
     with ctx.writer(model, config=family.shrink_config(model.config, opt.keep)) as out:
         for layer in swept:
             if not layer.is_moe:
