@@ -126,7 +126,9 @@ def why_not_stock(model: ModelSketch) -> Problem | None:
             "write `widths: uniform` in the `slim/...` stage, or `export: compact`",
         )
     if (form := form_of(model)) and (row := why_not(form, "hf")):
-        return _no_stock(f"its experts are packed to {in_words(form)}, and transformers {row.note}", row.hint)
+        hints = [*(["write `export: compact`"] if form.format == "int" else []), *([row.hint] if row.hint else [])]
+        reason = f"its experts are packed to {in_words(form)}, and transformers {row.note}"
+        return _no_stock(reason, ", or ".join(hints) or None)
     return None
 
 

@@ -1,6 +1,7 @@
 """Fewer bits per weight: what methods that write integers share. Which weights, the format, what the config says.
 
-Written as compressed-tensors `pack-quantized`, symmetric, one scale per group of inputs; experts that one tensor a
+Written as compressed-tensors `pack-quantized`, symmetric, one scale per group of inputs (`quantize/rtn` knows small
+floats as well); experts that one tensor a
 layer holds (granitemoe, gpt_oss) in the stacked form of `io.formats`, which loads as `export: compact`. Routers, gates
 of shared experts, embeddings and the head stay as they are. All routed experts have the same bits, unless a stage above
 (`allocate/...`) gives each its own: such a mix is exported as `compact`, for stock transformers would read it wrongly
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -22,9 +23,19 @@ from moecli.core.artifacts import BitPlan, Checkpoint, PartWriter
 from moecli.core.context import Context
 from moecli.core.errors import MoecliError, Problem
 from moecli.core.model import ModelFacts, ModelSketch, PlannedBits, TensorSpec
-from moecli.core.stage import Options
-from moecli.families import Linear, family_of, linears_of
-from moecli.io.formats import Group, packed_specs, put_packed, put_packed_stack, quantization_config
+from moecli.core.stage import Options, RunSetting
+from moecli.families import ALIAS_KEY, WIDTHS_KEY, Linear, family_of, form_of, linears_of
+from moecli.io.formats import (
+    FLOATS,
+    Group,
+    float_specs,
+    packed_specs,
+    put_floats,
+    put_packed,
+    put_packed_stack,
+    quantization_config,
+)
+from moecli.io.servable import Format, Servable, in_words, why_not
 from moecli.ops.pack import INT_BITS, pack_rows
 
 Bits = Literal[2, 3, 4, 8]
@@ -46,6 +57,14 @@ class Quantize(Options):
     """Bits of shared experts; 16 leaves them as they are, nothing: as `bits`."""
     group_size: PositiveInt = 128
     """Inputs that share a scale; must divide every quantized width."""
+    servable: Annotated[Servable, RunSetting()] = "research"
+    """Who must be able to load the result and compute the same, by the table of docs/formats.md: stock transformers
+    (`hf`), vLLM as well (`vllm`), or nobody: `research` allows everything, and what stock transformers cannot read is
+    exported as `compact`."""
+
+    def stored_as(self) -> Format:
+        """Format of everything that is quantized."""
+        return "int"
 
     def of_role(self, role: str) -> int:
         """Bits of weights in this role; KEPT for those that stay."""
@@ -63,26 +82,23 @@ class Quantize(Options):
         named = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
         widths = {name: width for name, width in named.items() if width}
         wrong = [f"{name} {width}" for name, width in widths.items() if width % self.group_size]
-        if wrong:
+        if wrong and self.stored_as() not in ("fp8", "fp8_block"):
             fits = [g for g in (128, 64, 32, 16) if all(width % g == 0 for width in widths.values())]
             message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"
             yield Problem("group_size", message, hint=f"write `group_size: {fits[0]}`" if fits else None)
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
         work = Packing(self, model.config, model.specs, model.planned_bits)
-        specs = dict(model.specs)
-        for linear in work.targets:
-            spec = specs.pop(linear.name)
-            specs |= packed_specs(linear.name, spec, work.bits[linear.name], self.group_size, linear.transposed)
         facts = replace(model.facts, quantized="compressed-tensors")
-        return replace(model, specs=specs, config=work.config(), facts=facts, planned_bits=None)
+        return replace(model, specs=work.specs(), config=work.config(), facts=facts, planned_bits=None)
 
 
 class Packing:
     """Which weights of a model are quantized, and to how many bits.
 
-    MoecliError when `group_size` does not divide the inputs of one, for a plan of another model, and for a plan that
-    gives experts in one tensor different bits.
+    MoecliError when `group_size` does not divide the inputs of one, for a plan of another model, for a plan that gives
+    experts in one tensor different bits, for small floats where there is no form of them, and when the result is not
+    `servable` as asked for.
     """
 
     def __init__(
@@ -98,11 +114,53 @@ class Packing:
         """The weights that are quantized."""
         for linear in self.targets:
             width = specs[linear.name].shape[-2 if linear.transposed else -1]
-            if width % opt.group_size:
+            if opt.stored_as() in ("int", "mxfp4") and width % opt.group_size:
                 raise MoecliError(
                     f"`group_size` {opt.group_size} does not divide the input width {width} of `{linear.name}`",
                     hint="write `group_size: 32`" if width % 32 == 0 else None,
                 )
+
+        self._refuse_formless()
+        self._refuse_unservable()
+
+    def _refuse_formless(self) -> None:
+        opt = self._opt
+        if opt.stored_as() == "int":
+            return
+        if self._plan:
+            raise MoecliError("a plan of bits is for integers", hint="write `format: int`")
+        if stacked := [x.name for x in self.targets if len(self._specs[x.name].shape) == 3]:
+            message = f"`format: {opt.stored_as()}` has no form for `{stacked[0]}`, which holds all experts of a layer"
+            raise MoecliError(message, hint="write `format: int`")
+
+    def _refuse_unservable(self) -> None:
+        asked = self._opt.servable
+        if asked == "research":
+            return
+        if self._config.get(ALIAS_KEY) or self._config.get(WIDTHS_KEY):
+            what = "router rows share experts" if self._config.get(ALIAS_KEY) else "experts have different widths"
+            hint = "put `- run: router/row-drop` below the merge" if self._config.get(ALIAS_KEY) else None
+            raise MoecliError(
+                f"`servable: {asked}` cannot be kept: {what}, which only `export: compact` holds", hint=hint
+            )
+        form = form_of(ModelSketch(family_of(self._config).facts, self.config(), self.specs()))
+        if form and (row := why_not(form, asked)):
+            message = f"`servable: {asked}` cannot be kept: experts packed to {in_words(form)}, {row.loader} {row.note}"
+            raise MoecliError(
+                message, hint=f"{row.hint}, or leave `servable` out" if row.hint else "leave `servable` out"
+            )
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What stands on disk afterwards, by name."""
+        opt, specs = self._opt, dict(self._specs)
+        for linear in self.targets:
+            spec, bits = specs.pop(linear.name), self.bits[linear.name]
+            specs |= (
+                packed_specs(linear.name, spec, bits, opt.group_size, linear.transposed)
+                if opt.stored_as() == "int"
+                else float_specs(linear.name, spec, opt.stored_as())
+            )
+        return specs
 
     def config(self) -> dict[str, Any]:
         """config.json of the quantized model: one scheme, and a group of exact names for each other number of bits.
@@ -122,7 +180,9 @@ class Packing:
             Group(tuple(_module(x) for x in self._linears if bits[x.name] == other), other, opt.group_size)
             for other in sorted(set(bits.values()) - {most, KEPT})
         ]
-        packed = quantization_config(most, opt.group_size, list(ignored), groups)
+        format = opt.stored_as()
+        group_size = opt.group_size if format == "int" else FLOATS[format][1]
+        packed = quantization_config(most, group_size, list(ignored), groups, format)
         return dict(self._config) | {"quantization_config": packed}
 
     def report(self, ctx: Context) -> None:
@@ -189,7 +249,8 @@ def _module(linear: Linear) -> str:
 
 
 Code = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(weights [.., N, K], bits) -> int8 codes [.., N, K] and scales [.., N, G] in the weights' dtype"""
+"""(weights [.., N, K], bits) -> int8 codes [.., N, K] and scales [.., N, G] in the weights' dtype, or what `ops.floats`
+makes of 2-D weights"""
 
 
 def code_each(opt: Quantize, model: Checkpoint, plan: BitPlan | None, code: Code, ctx: Context) -> Checkpoint:
@@ -206,7 +267,10 @@ def code_each(opt: Quantize, model: Checkpoint, plan: BitPlan | None, code: Code
                     weight_BNK = torch.stack([model.get(name, ctx.device) for name in names])
                     codes_BNK, scale_BNG = code(weight_BNK, bits)
                     for name, codes, scale in zip(names, codes_BNK, scale_BNG, strict=True):
-                        put_packed(part, name, codes, scale, bits)
+                        if opt.stored_as() == "int":
+                            put_packed(part, name, codes, scale, bits)
+                        else:
+                            put_floats(part, name, codes, scale, opt.stored_as())
                 for linear in mine:
                     if linear.name not in matrices:
                         _write_stack(part, model, linear, work.bits[linear.name], code, ctx.device)
