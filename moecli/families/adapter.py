@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from moecli.core.artifacts import Checkpoint
 from moecli.core.errors import SurroundingsError
 from moecli.families.alias import make_alias
+from moecli.families.factored import make_factored
 from moecli.families.family import ALIAS_KEY, FAMILIES, WIDTHS_KEY, family_of
 from moecli.families.ragged import narrow_experts
 from moecli.families.widths import padded
+from moecli.io.factors import FACTORS_KEY, FactoredView, factor_tensors
 from moecli.io.formats import DenseView, packed_weights
 
 if TYPE_CHECKING:
@@ -216,10 +218,10 @@ def load_model(
     """The whole model, from any Checkpoint, bit-equal to `from_pretrained` on the same tensors.
 
     Packed weights are dequantized. Narrow experts are read padded and cut when all is read, so that they are run as
-    elsewhere and take what their channels take. SurroundingsError names what is missing, unexpected, of another shape,
-    or failed to convert.
+    elsewhere and take what their channels take; experts stored as factors are read multiplied out and take their
+    factors then. SurroundingsError names what is missing, unexpected, of another shape, or failed to convert.
     """
-    widths = checkpoint.config.get(WIDTHS_KEY) or {}
+    widths, factored = checkpoint.config.get(WIDTHS_KEY) or {}, _with_factors(checkpoint)
     checkpoint = dense(checkpoint)
     model = empty_model(checkpoint.config, dtype)
     names = tensor_map(model, checkpoint)
@@ -229,6 +231,8 @@ def load_model(
     _refuse_missing(model, missing)
     _move_buffers(model, device)
     _load_generation_config(model, checkpoint)
+    if factored is not None:
+        _take_factors(model, factored)
     for layer, found in widths.items():
         if (parts := moe_parts(decoder_layers(model)[1][int(layer)])) is not None:
             narrow_experts(parts.experts, found)
@@ -239,7 +243,28 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with packed weights read as ordinary ones and narrow experts padded with zeros; one without any
     is returned as it is.
     """
-    return padded(DenseView(checkpoint) if packed_weights(checkpoint.names()) else checkpoint)
+    stored_otherwise = packed_weights(checkpoint.names()) or checkpoint.config.get(FACTORS_KEY)
+    return padded(DenseView(checkpoint) if stored_otherwise else checkpoint)
+
+
+def _with_factors(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint whose experts are stored as factors, this one or the one that this view shows multiplied out."""
+    while isinstance(checkpoint, DenseView | FactoredView):
+        checkpoint = checkpoint.parent
+    return checkpoint if checkpoint.config.get(FACTORS_KEY) else None
+
+
+def _take_factors(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Let the experts of a loaded model hold and run their factors."""
+    for layer, entry in checkpoint.config[FACTORS_KEY].items():
+        parts = moe_parts(decoder_layers(model)[1][int(layer)])
+        if parts is None:
+            raise SurroundingsError(f"`{FACTORS_KEY}` names layer {layer}, which has no experts")
+        make_factored(parts.experts, entry["projections"])
+        for projection in entry["projections"]:
+            for part, name in factor_tensors(entry, projection["name"]).items():
+                slot = getattr(getattr(parts.experts, part), projection["name"])
+                slot.data.copy_(checkpoint.get(name, slot.device))
 
 
 def load_layer(

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 FACTOR_PARTS = ("left", "right", "base", "rows", "rows_at")
 
@@ -46,6 +45,7 @@ def make_factored(experts: nn.Module, projections: Sequence[Mapping[str, Any]]) 
         for part, shape in shapes.items():
             value = torch.empty(shape, dtype=like.dtype, device=like.device)
             getattr(experts, part).register_parameter(found["name"], nn.Parameter(value, requires_grad=False))
+    experts._is_hf_initialized = True  # transformers would fill the parameters that are gone
     experts.factor_names = tuple(found["name"] for found in projections)
     experts.__class__ = factored_class(type(experts))
 
@@ -66,7 +66,7 @@ def _forward(self: nn.Module, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Te
     both = [_products(self, name, x_SD, visits) for name in (gate, up)]
     for inner_SF, name in zip(both, (gate, up), strict=True):
         if (base_FD := getattr(self.base, name, None)) is not None:
-            inner_SF += functional.linear(hidden_TD, base_FD)[token_S]
+            inner_SF += nn.functional.linear(hidden_TD, base_FD)[token_S]
     h_SF = self._apply_gate(torch.cat(both, -1))
     y_SD = _products(self, down, h_SF, visits) * weight_S1
     out_TD = torch.zeros_like(hidden_TD).index_add_(0, token_S, y_SD.to(hidden_TD.dtype))
@@ -74,7 +74,7 @@ def _forward(self: nn.Module, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Te
         mixed_TF = h_SF.new_zeros(len(hidden_TD), h_SF.shape[1]).index_add_(
             0, token_S, (h_SF * weight_S1).to(h_SF.dtype)
         )
-        out_TD += functional.linear(mixed_TF, base_DF)
+        out_TD += nn.functional.linear(mixed_TF, base_DF)
     return out_TD
 
 
@@ -84,8 +84,8 @@ def _products(experts: nn.Module, name: str, x_SI: Tensor, visits: Sequence[int]
     rows_EnI, at_En = getattr(experts.rows, name, None), getattr(experts.rows_at, name, None)
     pieces = []
     for expert, x in enumerate(x_SI.split(visits)):
-        y = functional.linear(functional.linear(x, right_ErI[expert]), left_EOr[expert])
+        y = nn.functional.linear(nn.functional.linear(x, right_ErI[expert]), left_EOr[expert])
         if rows_EnI is not None:
-            y.index_add_(1, at_En[expert], functional.linear(x, rows_EnI[expert]))
+            y.index_add_(1, at_En[expert], nn.functional.linear(x, rows_EnI[expert]))
         pieces.append(y)
     return torch.cat(pieces)

@@ -23,6 +23,7 @@ from moecli.core.model import DTYPE_BYTES, ModelFacts, TensorSpec
 from moecli.families.layouts import InStacks, Layout, PerExpert, Shapes
 from moecli.families.routing import RouteRule, Routing, route
 from moecli.families.table import PER_EXPERT, TABLE, RouterTensor, Row
+from moecli.io.factors import FACTORS_KEY
 
 FAMILIES: tuple[str, ...] = tuple(TABLE)
 """Supported values of `model_type`."""
@@ -32,6 +33,9 @@ ALIAS_KEY = "moecli_experts"
 
 WIDTHS_KEY = "moecli_widths"
 """config.json: {"<layer>": [channels of each expert on disk]} where these are fewer than its width field says."""
+
+FACTORED = "low-rank factors"
+"""Stands for a `quant_method` where experts are stored as factors (`io.factors`): no plain numbers either."""
 
 Role = Literal["attention", "expert", "shared", "dense", "head", "router"]
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -147,7 +151,11 @@ class Family:
 
     @property
     def quantized(self) -> str | None:
-        """`quant_method` of config.json; None for a `moecli` one with alias maps only and nothing packed."""
+        """`quant_method` of config.json; None for a `moecli` one with alias maps only and nothing packed. FACTORED for
+        experts that are stored as factors.
+        """
+        if self.config.get(FACTORS_KEY):
+            return FACTORED
         found = self.config.get("quantization_config") or {}
         method = found.get("quant_method")
         return None if method == "moecli" and not found.get("packed") else method
@@ -167,7 +175,7 @@ class Family:
         values = self.values
         dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
         wrong = {} if dtype in DTYPE_BYTES else {"dtype" if "dtype" in values else "torch_dtype": "the name of a dtype"}
-        for key in ("quantization_config", ALIAS_KEY, WIDTHS_KEY):
+        for key in ("quantization_config", ALIAS_KEY, WIDTHS_KEY, FACTORS_KEY):
             if not isinstance(values.get(key) or {}, Mapping):
                 wrong[key] = "a mapping"
         if isinstance(widths := values.get(WIDTHS_KEY) or {}, Mapping) and not all(

@@ -11,7 +11,7 @@ from typing import Any
 
 from moecli.core.errors import MoecliError, StageFailed, SurroundingsError
 from moecli.core.model import ModelSketch, TensorSpec
-from moecli.families.family import BF16_HINT, WIDTHS_KEY, Family, alias_config, family_of
+from moecli.families.family import BF16_HINT, FACTORED, WIDTHS_KEY, Family, alias_config, family_of
 
 Specs = dict[str, TensorSpec]
 
@@ -64,6 +64,11 @@ def forecast_row_drop(sketch: ModelSketch) -> ModelSketch:
 def _unquantized(sketch: ModelSketch) -> Family:
     """The family, once it is known that its experts will be readable as numbers."""
     family = family_of(sketch.config)
+    if sketch.facts.quantized == FACTORED:
+        raise MoecliError(
+            "the experts are stored as low-rank factors, and no stage but an evaluation takes such a model",
+            hint="write `form: expanded` in the stage that factors them, or move this stage above it",
+        )
     if sketch.facts.quantized:
         hint = BF16_HINT if family.quantized else "move this stage above the `quantize/...` stage"
         raise SurroundingsError(f"experts are quantized ({sketch.facts.quantized}) and cannot be read", hint=hint)

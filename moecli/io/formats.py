@@ -43,7 +43,8 @@ from moecli.core.artifacts import Checkpoint, PartWriter
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.factors import unfactored
+from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint
 from moecli.io.servable import CHANNEL, Format
 from moecli.ops.correction import corrected
 from moecli.ops.floats import BLOCK, MX_GROUP
@@ -280,12 +281,13 @@ class DenseView(StoredCheckpoint):
     """A checkpoint whose packed weights read as ordinary ones, dequantized and corrected when asked for.
 
     Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
-    compact export as the alias checkpoint it was made from.
+    compact export as the alias checkpoint it was made from. Experts stored as factors read multiplied
+    out (`io.factors`).
     SurroundingsError when it is quantized in a way this view does not know.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.parent = stored(checkpoint)
+        self.parent = unfactored(checkpoint)
         self.facts_of = self.parent.facts_of
         config = dict(self.parent.config)
         guard = _unwrapped(config.get("quantization_config"))[1]

@@ -1,11 +1,11 @@
 """The finished model folder, in one of four forms.
 
 stock      one expert for each router row and one packing for all experts: loads with nothing of ours
-compact    router rows that share experts, experts of different widths, experts packed in different ways, or packed
-           experts that stay stacked in one tensor: loads with `import moecli`, or with `trust_remote_code=True` and the
-           file put beside the weights
-expanded   a compact model written out, dense, with a copy of its expert for each row and zeros for channels that are
-           gone: stock, nothing saved
+compact    router rows that share experts, experts of different widths or stored as factors, experts packed in different
+           ways, or packed experts that stay stacked in one tensor: loads with `import moecli`, or with
+           `trust_remote_code=True` and the file put beside the weights
+expanded   a compact model written out, dense, with a copy of its expert for each row, zeros for channels that are gone
+           and factors multiplied out: stock, nothing saved
 research   a packed model written out, dense, and its codes and scales in `packed/` beside it (`runner.sidecar`): stock,
            nothing saved on disk, for mixes of bits that no engine reads
 
@@ -26,6 +26,7 @@ from moecli.core.errors import Problem, UsageError
 from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families import ALIAS_KEY, WIDTHS_KEY, family_of, form_of, padded
 from moecli.io.durable import natural_key
+from moecli.io.factors import FACTORS_KEY
 from moecli.io.formats import DenseView, corrected_weights, factor_names, format_of, packed_weights
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.servable import in_words, why_not
@@ -119,6 +120,11 @@ def why_not_stock(model: ModelSketch) -> Problem | None:
             f"its {model.facts.router_rows} router rows share {share} experts in each layer",
             "put `- run: router/row-drop` below the merge, or write `export: compact`",
         )
+    if model.config.get(FACTORS_KEY):
+        return _no_stock(
+            "its experts are stored as low-rank factors",
+            "write `form: expanded` in the stage that factors them, or `export: compact`",
+        )
     if narrow := model.config.get(WIDTHS_KEY):
         found = sorted({width for widths in narrow.values() for width in widths})
         return _no_stock(
@@ -182,9 +188,11 @@ class _Compact(_View):
         config = dict(self.config)
         packed = config.pop("quantization_config", None)
         counts = {int(layer): count for layer, count in (config.get(ALIAS_KEY) or {}).items()}
-        self._guard = _guard_name(self.parent) if packed else None
+        factors = config.get(FACTORS_KEY)
+        self._guard = _guard_name(self.parent) if packed or factors else None
         rows = self.parent.facts.router_rows
-        config["quantization_config"] = compact_config(counts, rows, packed, self._guard, config.get(WIDTHS_KEY))
+        widths = config.get(WIDTHS_KEY)
+        config["quantization_config"] = compact_config(counts, rows, packed, self._guard, widths, factors)
         config["auto_map"] = AUTO_MAP
         self.config = config
         self.facts = self.facts_of(config)
@@ -206,7 +214,9 @@ class _Compact(_View):
 
 
 def _guard_name(checkpoint: Checkpoint) -> str:
-    """A tensor that stock models have and packed files do not: `runtime.compact_model` says what for."""
+    """A tensor that stock models have and packed files, or those of factors, do not: `runtime.compact_model` says what
+    for.
+    """
     layer = checkpoint.facts.moe_layers[0]
     return f"{family_of(checkpoint.config).experts_module(layer)}.down_proj"
 

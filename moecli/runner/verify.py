@@ -35,6 +35,7 @@ from moecli.core.artifacts import Checkpoint
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 from moecli.families import facts_of, family_of, form_of
 from moecli.io.durable import gib, natural_key
+from moecli.io.factors import FACTORS_KEY
 from moecli.io.formats import DenseView, corrected_weights, format_of, packed_names, packed_weights
 from moecli.io.overlay import fates
 from moecli.io.reader import FolderCheckpoint, StoredCheckpoint, stored
@@ -219,7 +220,8 @@ def compare(exported: Checkpoint, source: Checkpoint) -> tuple[dict[str, str], l
             old, new = source.spec(name), exported.spec(name)
             accounting[name] = "kept" if old == new else f"rewritten from {list(old.shape)} to {list(new.shape)}"
         elif name in experts:
-            accounting[name] = "dropped: expert pruned or merged"
+            factored = bool(exported.config.get(FACTORS_KEY))
+            accounting[name] = f"dropped: {'stored as factors' if factored else 'expert pruned or merged'}"
         elif family.is_extra(name):
             accounting[name] = "dropped: MTP layer"
         else:

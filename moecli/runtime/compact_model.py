@@ -5,6 +5,8 @@ A compact checkpoint has the `model_type` and the tensor names of the original m
 * fewer experts than router rows in a layer, with an int64 buffer `....experts.alias_map` from row to expert;
 * a number of experts that differs from layer to layer, with or without such a map;
 * experts narrower than the config says, by layer or by expert; in memory they take what their channels take;
+* matrices of experts that are products: `....experts.left.gate_proj` [E, O, r] and `....right....` [E, r, I] for the
+  weights [O, I] of all experts, perhaps with `base`, `rows` and `rows_at`; they are run as they are stored;
 * packed integers instead of a weight: `X.weight_packed`, `X.weight_scale`, `X.weight_shape` for `X.weight`;
 * the same for all experts of a layer, 3-D where the model stacks them on disk: `X_packed` [E, N, W], `X_scale`
   [E, N, G] and `X_shape` [4], the last of which says whether `X` is [E, K, N] (K inputs, N outputs).
@@ -13,16 +15,17 @@ A compact checkpoint has the `model_type` and the tensor names of the original m
 
     {"quant_method": "moecli", "experts": {"<layer>": M}, "rows": E or {"<layer>": R},
      "packed": what the integers are (this loader sees it in their shapes) or null, "guard": name or null,
-     "widths": {"<layer>": [channels of each expert]}}
+     "widths": {"<layer>": [channels of each expert]},
+     "factors": {"<layer>": [of gate, up and down: {"name": as on disk, "rank": r, "base": bool, "rows": n}]}}
 
 Loading it takes `import moecli`, or `trust_remote_code=True` with this file beside the weights: the file
 needs torch and transformers (5.17 to 5.x) only. Packed weights are unpacked while loading, so the model in memory
 is dense.
 
 With neither, transformers warns `Unknown quantization type, got moecli` and then raises `RuntimeError: You
-set `ignore_mismatched_sizes` to `False`...`, because sizes disagree. A packed checkpoint has no size that
-disagrees: its weights would be missing and made up. So it also holds an empty tensor under the name of a
-stock weight, `guard` in the config, which gives the same error; this loader takes it away.
+set `ignore_mismatched_sizes` to `False`...`, because sizes disagree. A packed checkpoint, or one of
+factors, has no size that disagrees: its weights would be missing and made up. So it also holds an empty tensor
+under the name of a stock weight, `guard` in the config, which gives the same error; this loader takes it away.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moecli.families.alias import make_alias
+from moecli.families.factored import make_factored
 from moecli.families.ragged import narrow_experts
 
 METHOD = "moecli"
@@ -69,6 +73,7 @@ class CompactConfig(QuantizationConfigMixin):
         packed: Mapping[str, Any] | None = None,
         guard: str | None = None,
         widths: Mapping[str, Sequence[int]] | None = None,
+        factors: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
@@ -77,6 +82,7 @@ class CompactConfig(QuantizationConfigMixin):
         self.packed = packed
         self.guard = guard
         self.widths = {str(layer): [int(width) for width in found] for layer, found in (widths or {}).items()}
+        self.factors = {str(layer): [dict(each) for each in found] for layer, found in (factors or {}).items()}
 
     def rows_of(self, layer: str) -> int:
         """Router rows of a layer."""
@@ -92,12 +98,14 @@ class CompactQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         blocks = moe_blocks(model)
-        if unknown := sorted({*config.experts, *config.widths} - set(blocks)):
+        if unknown := sorted({*config.experts, *config.widths, *config.factors} - set(blocks)):
             raise ValueError(f"the checkpoint's config names layers without experts: {', '.join(unknown)}")
         for layer, experts in config.experts.items():
             resize_block(blocks[layer], experts, config.rows_of(layer))
         for layer, widths in config.widths.items():
             narrow_experts(blocks[layer].experts, widths)
+        for layer, projections in config.factors.items():
+            make_factored(blocks[layer].experts, projections)
         if config.guard:
             model.register_buffer(GUARD_BUFFER, torch.empty(0, dtype=torch.uint8, device="meta"))
         self._dtypes = wanted_dtypes(model)
@@ -107,8 +115,9 @@ class CompactQuantizer(HfQuantizer):
         """(conversions) in transformers 5.17, (conversions, model) later."""
         self._originals: dict[int, Any] = {}
         config, conversions = self.quantization_config, []
+        guard = [guard_renaming(config.guard, "" if config.factors else "$")] if config.guard else []
         if not (config.packed or config.widths):
-            return weight_conversions
+            return [*guard, *weight_conversions]
         for stock in weight_conversions:
             ours = [unpacking(stock), *stack_renamings(stock)] if config.packed else [stock]
             ours[0] = by_width(ours[0]) if config.widths else ours[0]
@@ -116,15 +125,10 @@ class CompactQuantizer(HfQuantizer):
             conversions += ours
         if not config.packed:
             return conversions
-        return [
-            *([guard_renaming(config.guard)] if config.guard else []),
-            *conversions,
-            *packed_stacks(),
-            packed_linears(),
-        ]
+        return [*guard, *conversions, *packed_stacks(), packed_linears()]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if hasattr(model, GUARD_BUFFER):
+        if hasattr(model, GUARD_BUFFER) and not self.quantization_config.factors:  # those are saved as they are
             delattr(model, GUARD_BUFFER)
         if self._originals:
             self._forget_packing(model)
@@ -348,9 +352,11 @@ def _scoped(changed: Any, conversion: Any) -> Any:
     return changed
 
 
-def guard_renaming(guard: str) -> WeightRenaming:
-    """Sends the empty tensor that stops stock transformers to a buffer that is dropped after loading."""
-    return WeightRenaming(f"^{re.escape(guard)}$", GUARD_BUFFER)
+def guard_renaming(guard: str, end: str = "$") -> WeightRenaming:
+    """Sends the empty tensor that stops stock transformers to a buffer, which is dropped after loading packed weights.
+    Where it stays it is saved under its name, if `end` is empty: reversed patterns keep a `$`.
+    """
+    return WeightRenaming(f"^{re.escape(guard)}{end}", GUARD_BUFFER)
 
 
 def _stem(pattern: str) -> str:

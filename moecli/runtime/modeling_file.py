@@ -17,6 +17,7 @@ AUTO_MAP = {"AutoModelForCausalLM": "modeling_moecli.MoecliForCausalLM"}
 
 _QUOTED = {
     "alias": "from moecli.families.alias import make_alias\n",
+    "factored": "from moecli.families.factored import make_factored\n",
     "ragged": "from moecli.families.ragged import narrow_experts\n",
 }
 """File of `moecli.families` -> the line that imports it"""

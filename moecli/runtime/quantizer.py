@@ -25,6 +25,7 @@ def compact_config(
     packed: Mapping[str, Any] | None = None,
     guard: str | None = None,
     widths: Mapping[str, Sequence[int]] | None = None,
+    factors: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of a compact checkpoint; `compact_model` says what the keys mean."""
     return {
@@ -34,6 +35,7 @@ def compact_config(
         "packed": dict(packed) if packed else None,
         "guard": guard,
         "widths": {layer: list(found) for layer, found in (widths or {}).items()},
+        "factors": {layer: list(found["projections"]) for layer, found in (factors or {}).items()},
     }
 
 
