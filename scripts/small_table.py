@@ -180,6 +180,10 @@ EVOPRESS = {"generations": 30, "offspring": 16, "steps": [[4, 2048], [1, 8192]]}
 """A fifth of the published generations, an eighth of its children."""
 
 
+LONG = ("evopress", "kd")
+"""Rows that take longest go first."""
+
+
 class Runner:
     """Runs rows one after another in a run folder of its own: the source is evaluated once, calibrations are shared."""
 
@@ -294,6 +298,7 @@ def main() -> None:
     found = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
     found = [record for record in found if "error" not in record]
     wanted = list(jobs(rows, {(record["row"], record["seed"]) for record in found}))
+    wanted.sort(key=lambda job: not any(part in job[0] for part in LONG))
     settings = (args.model.resolve(), args.out, args.device)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, start, settings) as pool, log.open("a") as out:
