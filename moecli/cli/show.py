@@ -112,6 +112,7 @@ def plan_text(document: Document) -> str:
     lines = [
         f"model    {document['model']}: {size(costs['source_bytes'])} -> {size(costs['output_bytes'])}",
         *([f"export   {document['export']}"] if document["export"] else []),
+        *([f"loaded   {size(costs['loaded_bytes'])} in memory"] if costs["loaded_bytes"] is not None else []),
         f"memory   {size(costs['peak_memory_bytes'])} at most",
         f"disk     {size(costs['disk_bytes'])} at most in {document['run_dir']}, {size(free)} free",
     ]

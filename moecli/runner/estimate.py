@@ -14,6 +14,7 @@ from typing import Any
 
 from moecli.core.artifacts import CalibrationStats, Evaluation
 from moecli.core.model import DTYPE_BYTES, ModelSketch
+from moecli.io.formats import packed_weights
 from moecli.runner.plan import SOURCE, Plan, Step
 
 
@@ -29,6 +30,9 @@ class Estimate:
     """On the device that computes (GPU memory with a GPU, else main memory)."""
     disk_bytes: int | None
     """Run folder at its largest, before `moecli clean`."""
+    loaded_bytes: int | None = None
+    """What the model takes once transformers has loaded it: as much as it stores, but for packed weights, which are
+    unpacked on the way. None where the run makes no model, or an expanded one."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,7 +50,19 @@ def estimate(plan: Plan) -> Estimate:
         source_parameters=plan.source.parameters,
         peak_memory_bytes=max((_memory(step, plan) for step in plan.steps), default=0),
         disk_bytes=sum(written) + (output.bytes if plan.final != SOURCE else 0),
+        loaded_bytes=_loaded(plan),
     )
+
+
+def _loaded(plan: Plan) -> int | None:
+    """Bytes of the newest model on the way to the last one that has no packed weight."""
+    if plan.final == SOURCE or plan.export == "expanded":
+        return None
+    index = plan.final
+    while index != SOURCE and packed_weights(plan.sketch_of(index).specs):
+        index = plan.steps[index].inputs.get("model", SOURCE)
+    sketch = plan.sketch_of(index)
+    return None if packed_weights(sketch.specs) else sketch.bytes
 
 
 def _memory(step: Step, plan: Plan) -> int:

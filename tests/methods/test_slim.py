@@ -18,10 +18,10 @@ from moecli.engine.collectors import collectors
 from moecli.families import expert_forward, facts_of, family_of, forecast_width, width_config, width_problem
 from moecli.families.adapter import load_model
 from moecli.io.reader import FolderCheckpoint
-from moecli.methods.slim import unseen_last
+from moecli.methods.slim import loaded_words, unseen_last
 from moecli.methods.slim.camera_p import CameraP, camera_p
 from moecli.methods.slim.flap import Flap, flap
-from moecli.methods.slim.heapr import Heapr, heapr, saliency
+from moecli.methods.slim.heapr import Heapr, heapr, memory_words, saliency
 from moecli.methods.slim.magnitude import Magnitude, magnitude
 from moecli.methods.slim.moe_slimming import MoeSlimming, layer_weights, moe_slimming
 from moecli.methods.slim.random import Random, random
@@ -433,8 +433,48 @@ def test_scores_that_are_not_numbers_stop_the_stage(checkpoint, context):
     model = checkpoint()
     stats = made_up(model)
     stats[1]["gh2"][2, 7] = torch.nan
-    with pytest.raises(StageFailed, match="score of channel 7 of expert 2 in layer 1 is NaN"):
+    with pytest.raises(StageFailed, match="`gh2` of expert 2 holds values that are not numbers") as caught:
         heapr(Heapr(ratio=0.5, **FINE), stats, model, context())
+    assert (caught.value.where, caught.value.hint) == ("layer 1", "write `dtype: float32` in the calibrate stage")
+
+
+def test_a_gram_of_fewer_tokens_than_channels_repairs_nothing(checkpoint, context):
+    """Expert 3 saw 31 tokens and keeps 16 channels, fewer than twice as many: its `down` stays, and it is counted."""
+    model = checkpoint()
+    stats = made_up(model)
+    for s in stats.values():
+        s.count_E.fill_(32)
+        s.count_E[3] = 31
+        h_ETF = torch.randn(8, 40, 32, generator=torch.Generator().manual_seed(3)).double()
+        s.extra["ph_cov"] = h_ETF.mT @ h_ETF
+    found = {}
+    for repair in ("none", "least_squares"):
+        ctx = context(repair)
+        heapr(Heapr(ratio=0.5, repair=repair, **FINE), stats, model, ctx)
+        found[repair] = ctx.finish(model)
+    assert "`down` of 14 of 16 experts was refitted, 2 had too few tokens for that" in ctx.notes
+    for layer in model.facts.moe_layers:
+        plain, refit = (family_of(m.config).read_experts(m, layer).down_DF for m in found.values())
+        assert [torch.equal(plain[e], refit[e]) for e in range(8)] == [e == 3 for e in range(8)]
+
+
+def test_what_the_score_takes_of_a_large_model():
+    """Qwen3-30B-A3B: 48 layers of 128 experts, 2048 by 768."""
+    facts = facts_of({"model_type": "qwen3_moe", "num_hidden_layers": 48, "num_experts": 128})
+    assert memory_words(facts) == (
+        "the score reads two vectors of each expert, 75.5 MB in all; "
+        "two matrices of each, as the definition has it, take 206,158.4 MB"
+    )
+
+
+def test_what_widths_take_once_loaded(checkpoint):
+    """4 MiB a channel; 12 of 32 channels stay in the first layer, 6 at most in an expert, and all 16 in the second."""
+    facts = dataclasses.replace(checkpoint().facts, hidden=2**20 // 3 // 4 * 4, dtype="float32")
+    kept = torch.arange(8) < torch.tensor([[6], [4], [0], [2]])
+    assert loaded_words({0: kept, 1: torch.ones(2, 8, dtype=torch.bool)}, facts) == (
+        "the routed experts take 112.0 MiB once loaded; padded to the widest of each layer they would take 160.0 MiB, "
+        "to the old width 192.0 MiB"
+    )
 
 
 # -- what cannot work is said before anything runs

@@ -310,3 +310,18 @@ def test_the_forecast_is_what_is_written(
     specs = {name: written.spec(name) for name in written.names() if name != guard}
     assert specs == dict(expected.specs)
     assert sum(spec.bytes for spec in specs.values()) == expected.bytes == estimate(plan).output_bytes
+
+
+def test_what_a_model_takes_once_loaded(planned: Planned) -> None:
+    """Packed weights are unpacked by transformers; zeros in the old shapes take what they took."""
+    plain = planned("slim/random: {ratio: 0.25, align: 8}")
+    packed = planned("slim/random: {ratio: 0.25, align: 8}", "quantize/rtn: {bits: 4, group_size: 8}")
+    assert estimate(packed).loaded_bytes == estimate(plain).loaded_bytes == estimate(plain).output_bytes
+    assert estimate(packed).output_bytes < estimate(packed).loaded_bytes  # type: ignore[operator]
+    widths = {
+        name: estimate(planned(f"slim/random: {{ratio: 0.5, align: 8, widths: {name}, scope: {scope}}}")).loaded_bytes
+        for name, scope in (("uniform", "expert"), ("per_layer", "global"), ("ragged", "global"), ("pad", "global"))
+    }
+    assert widths["uniform"] == widths["per_layer"] == widths["ragged"] < widths["pad"]  # type: ignore[operator]
+    assert widths["pad"] == plain.source.bytes
+    assert estimate(planned(PERPLEXITY)).loaded_bytes is None

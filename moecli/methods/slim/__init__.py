@@ -35,7 +35,7 @@ from torch import Tensor
 from moecli.core.artifacts import CalibrationStats, Checkpoint, ExpertWeights, LayerStats, PartWriter
 from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed
-from moecli.core.model import ModelFacts, ModelSketch
+from moecli.core.model import DTYPE_BYTES, ModelFacts, ModelSketch
 from moecli.core.stage import Options
 from moecli.families import (
     family_of,
@@ -225,6 +225,7 @@ def scored(
     for layer in model.facts.moe_layers:
         for name in names:
             _check_fit(stats[layer][name], family.experts_in(layer), model.facts.expert_width, layer)
+            _check_numbers(stats[layer][name], name, layer)
         norm_EF = down_norms(model, layer)
         found[layer] = unseen_last(score(stats[layer], norm_EF), stats[layer].count_E, norm_EF)
     if unseen := sum(int((s.count_E == 0).sum()) for s in stats.values()):
@@ -249,6 +250,16 @@ def _check_fit(values: Tensor, experts: int, width: int, layer: int) -> None:
             f"of {width}",
             where=f"layer {layer}",
             hint="put a `calibrate/statistics` stage right above this one",
+        )
+
+
+def _check_numbers(values: Tensor, name: str, layer: int) -> None:
+    finite_E = torch.isfinite(values).flatten(1).all(1)
+    if not bool(finite_E.all()):
+        raise StageFailed(
+            f"`{name}` of expert {int((~finite_E).nonzero()[0])} holds values that are not numbers",
+            where=f"layer {layer}",
+            hint="write `dtype: float32` in the calibrate stage",
         )
 
 
@@ -291,7 +302,22 @@ def drop_channels(
         if opt.widths != "pad":
             out.part("mtp", lambda part: family.drop_mtp(part, model))
     _report(kept, stats, opt, ctx)
+    if opt.widths in ("per_layer", "ragged"):
+        ctx.note(loaded_words(kept, model.facts))
     return out.checkpoint
+
+
+def loaded_words(kept: Mapping[int, Tensor], facts: ModelFacts) -> str:
+    """What the routed experts take in memory, beside what other forms of the same widths would."""
+    channel = 3 * facts.hidden * DTYPE_BYTES[facts.dtype]
+    own = sum(int(kept_EF.sum()) for kept_EF in kept.values())
+    widest = sum(int(kept_EF.sum(1).max()) * len(kept_EF) for kept_EF in kept.values())
+    whole = sum(kept_EF.numel() for kept_EF in kept.values())
+    sizes = [f"{count * channel / 2**20:,.1f} MiB" for count in (own, widest, whole)]
+    return (
+        f"the routed experts take {sizes[0]} once loaded; padded to the widest of each layer they would take "
+        f"{sizes[1]}, to the old width {sizes[2]}"
+    )
 
 
 def _form(
@@ -336,9 +362,7 @@ class _Repair:
 
     def _gram(self, layer: int) -> Tensor:
         gram_EFF = self.stats[layer][GRAM]
-        if not bool(torch.isfinite(gram_EFF).all()):
-            expert = int((~torch.isfinite(gram_EFF)).flatten(1).any(1).nonzero()[0])
-            raise StageFailed(f"`{GRAM}` of expert {expert} holds values that are not numbers", where=f"layer {layer}")
+        _check_numbers(gram_EFF, GRAM, layer)
         return gram_EFF
 
     def _fitted(self, down_EDF: Tensor, gram_EFF: Tensor, kept_EF: Tensor) -> Tensor:

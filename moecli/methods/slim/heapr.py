@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moecli.core.artifacts import CalibrationStats, Checkpoint, LayerStats
 from moecli.core.context import Context
+from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
 from moecli.methods.slim import Slim, drop_channels, reads, scored
 
@@ -36,8 +37,19 @@ class Heapr(Slim):
 
 @stage("slim/heapr", version=1, needs=reads("h2", "gh2"))
 def heapr(opt: Heapr, stats: CalibrationStats, model: Checkpoint, ctx: Context) -> Checkpoint:
+    ctx.note(memory_words(model.facts))
     score = scored(stats, ("h2", "gh2"), model, ctx, lambda s, _: saliency(s, opt.reduce))
     return drop_channels(model, stats, score, opt, ctx)
+
+
+def memory_words(facts: ModelFacts) -> str:
+    """What the score reads of all layers, and what the D x D form keeps: sum and mean of each expert, float32."""
+    experts = len(facts.moe_layers) * facts.experts
+    vectors, matrices = 2 * 8 * facts.expert_width * experts, 2 * 4 * facts.hidden**2 * experts
+    return (
+        f"the score reads two vectors of each expert, {vectors / 1e6:,.1f} MB in all; "
+        f"two matrices of each, as the definition has it, take {matrices / 1e6:,.1f} MB"
+    )
 
 
 def saliency(stats: LayerStats, reduce: str) -> Tensor:
