@@ -1,10 +1,14 @@
-"""What goes into the linears of a layer that are no routed experts: Gram matrices of their inputs, or mean sizes."""
+"""What goes into the linears of a layer that are no routed experts: Gram matrices of their inputs, mean sizes, and
+whether it is what a norm has just made.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,3 +99,48 @@ class InputSizes(InputGrams):
     def vector(self, leader: str) -> Tensor:
         """float64 [C]"""
         return self._totals[leader] / self._tokens[leader]
+
+
+EXPERTS = "experts"
+"""Stands for the routed experts of a layer among its linears."""
+
+
+class Feeds:
+    """Which of a layer's norms makes what goes into each of some linears, seen while the layer runs.
+
+    What else reads a norm's output is not seen.
+    """
+
+    def __init__(self, layer: SweptLayer, norms: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> None:
+        self._layer, self._norms, self._linears = layer, norms, dict(linears)
+        if layer.parts is not None:
+            self._linears[EXPERTS] = layer.parts.experts
+        self.norm_of: dict[str, str] = {}
+        """linear, or EXPERTS -> norm, by the names that were given"""
+        self._made: dict[int, tuple[str, Tensor]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+
+            def on(handle: Any) -> None:
+                hooks.callback(handle.remove)
+
+            on(self._layer.module.register_forward_pre_hook(lambda *_: self._made.clear()))
+            for name, module in self._norms.items():
+                on(module.register_forward_hook(lambda m, args, out, name=name: self._make(name, out)))
+            for name, module in self._linears.items():
+                see = partial(self._see, name)
+                on(module.register_forward_pre_hook(see, with_kwargs=True))
+            yield
+        self._made.clear()
+
+    def _make(self, name: str, out: Tensor) -> None:
+        # The tensor is held so that nothing else can take its place in memory before the layer has run.
+        self._made[out.data_ptr()] = name, out
+
+    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = [*args, *kwargs.values()][0]
+        made = self._made.get(x.data_ptr())
+        if made is not None and made[1].numel() == x.numel() and made[1].shape[-1] == x.shape[-1]:
+            self.norm_of[name] = made[0]

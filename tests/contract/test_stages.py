@@ -29,6 +29,7 @@ OVERRIDES = {
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "quantize/gptq": {"group_size": 16},
+    "quantize/awq": {"group_size": 16},
     "quantize/hqq": {"group_size": 16},
     "quantize/rtn": {"group_size": 16},
     **{name: {"rank": 4} for name in lookup.names() if name.startswith("compensate/")},

@@ -1,0 +1,353 @@
+"""Round weights after scaling up the inputs that come large, where the scaling can be taken up exactly (AWQ).
+
+Q(W diag(s)) diag(1/s): inputs with a large s lose less. What makes the inputs takes up 1/s:
+
+* a norm, for everything that it feeds: queries, keys and values; the router, gate and up of all experts and of shared
+  experts. One s for all of them; the router's columns are scaled too, so that routing stays as it is.
+* the rows of an expert's up, for its down: one s for each expert. Not where the activation clamps up, nor for experts
+  that one tensor holds. Values, which feed the output projection of attention, are left alone: heads share them.
+
+Scales are powers of two (`ops.awq`), so nothing but rounding changes a bit: each layer runs once more with its scaled
+weights before they are rounded, and scales that do not give the same bits (a norm whose output something else reads, or
+that adds 1 to its weight) are taken back and counted in the report. s is the best of 21 candidates, none at all among
+them, by the summed squared error of what the matrices make of their inputs, from Gram matrices; published code runs the
+block for each candidate. Experts with few tokens lean on the others' inputs, as with `compensate/...`.
+
+`form: packed` rounds to nearest with the scale of the largest weight, as `quantize/rtn`; layers see what quantized ones
+before them make. `form: scaled` leaves that to a stage below, such as `quantize/gptq` with the same bits.
+
+Source: arXiv 2306.00978; which inputs share a scale in a model of experts, as llm-compressor has it.
+
+- run: quantize/awq
+  with: {bits: 4, group_size: 128}
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple, Self
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from moecli.core.artifacts import Artifact, BitPlan, CalibrationText, Checkpoint, LayerStats, Packed, PartWriter
+from moecli.core.context import Context
+from moecli.core.model import ModelSketch
+from moecli.core.stage import RunSetting, stage
+from moecli.engine.collectors import collectors
+from moecli.engine.data import batches_of
+from moecli.engine.linears import EXPERTS, Feeds, InputGrams, InputSizes
+from moecli.engine.sweep import SweptLayer, sweep
+from moecli.families import Linear, family_of, linears_of
+from moecli.io.formats import packed_names, put_packed, put_packed_stack
+from moecli.methods.quantize import KEPT, Packing, Quantize
+from moecli.ops.awq import candidates, rounded, weight_sizes
+from moecli.ops.correction import output_energy, pooled
+from moecli.ops.pack import dequantize, pack_rows, quantize_rtn, unpack_rows
+
+SLAB_BYTES = 2 << 30
+"""float64 matrices of experts held at a time."""
+STATISTICS = ("x_abs", "x_cov", "h_abs", "h_cov")
+
+
+class Awq(Quantize):
+    """Options of `quantize/awq`."""
+
+    form: Literal["packed", "scaled"] = "packed"
+    """`packed` rounds and packs; `scaled` writes the scaled weights as they are, for a `quantize/...` stage below."""
+    batch_size: Annotated[PositiveInt, RunSetting()] = 8
+    """Sequences per forward pass."""
+
+    def forecast(self, model: ModelSketch) -> ModelSketch:
+        packed = super().forecast(model)
+        return model if self.form == "scaled" else packed
+
+
+@stage("quantize/awq", version=1)
+def awq(opt: Awq, text: CalibrationText, model: Checkpoint, plan: BitPlan | None, ctx: Context) -> Checkpoint:
+    packing = Packing(opt, model.config, {name: model.spec(name) for name in model.names()}, plan and plan.pairs())
+    found: dict[int, Found] = {}
+    swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=STATISTICS)
+    with ctx.writer(model, config=packing.config() if opt.form == "packed" else None) as out:
+        for layer in swept:
+            name = f"layer-{layer.index:03d}"
+            work = _Layer(opt, layer, packing, model)
+
+            def write(part: PartWriter, work: _Layer = work, name: str = name) -> None:
+                work.scale()
+                work.put(part)
+                ctx.part(f"found-{name}", Found, lambda: work.found)
+
+            finished = out.has_part(name)
+            out.part(name, write)
+            if finished:
+                work.take(out.read_part(name))
+            layer.rewrite(work.dense)
+            found[layer.index] = ctx.part(f"found-{name}", Found, lambda work=work: work.found)
+    for line in swept.report():
+        ctx.note(line)
+    _report(found, ctx)
+    if opt.form == "packed":
+        packing.report(ctx)
+    return out.checkpoint
+
+
+class Found(Artifact):
+    """Of one layer, by what took the scales up: a norm's name, or `up` of all experts."""
+
+    def __init__(self, loss: Mapping[str, Sequence[float]], taken_back: Sequence[str], classes: Mapping[str, int]):
+        self.loss = {name: list(values) for name, values in loss.items()}
+        """Squared output error of plain rounding, and of rounding with these scales."""
+        self.taken_back = list(taken_back)
+        self.classes = dict(classes)
+        """Experts by how their inputs were come by, see `ops.correction.pooled`."""
+
+    def pack(self) -> Packed:
+        return Packed({}, {"loss": self.loss, "taken_back": self.taken_back, "classes": self.classes})
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Self:
+        return cls(**packed.meta)
+
+
+def _report(found: Mapping[int, Found], ctx: Context) -> None:
+    kept = {
+        i: {name: v for name, v in layer.loss.items() if name not in layer.taken_back} for i, layer in found.items()
+    }
+    ctx.record("scaled", {str(i): {n: {"plain": a, "scaled": b} for n, (a, b) in v.items()} for i, v in kept.items()})
+    ctx.record("classes", {str(i): layer.classes for i, layer in found.items()})
+    pairs = [pair for layer in kept.values() for pair in layer.values() if pair[0] > 0]
+    if pairs:
+        share = sum(scaled / plain for plain, scaled in pairs) / len(pairs)
+        ctx.note(f"scales leave {share:.1%} of the squared output error of plain rounding (mean of {len(pairs)})")
+    lost = [f"layer {i}: {name}" for i, layer in found.items() for name in layer.taken_back]
+    if lost:
+        ctx.note(f"{len(lost)} sets of scales were taken back, for they changed what the layer computes ({lost[0]})")
+    total = sum((Counter(layer.classes) for layer in found.values()), Counter())
+    if any(name != "own" for name in total):
+        words = ", ".join(f"{count} {name}" for name, count in sorted(total.items()))
+        ctx.note(f"inputs of experts, by how they were come by: {words}")
+
+
+class _Stack(NamedTuple):
+    """A projection of all experts."""
+
+    names: Sequence[str]
+    """On-disk name of each expert's, or of the one tensor that holds all."""
+    into: str
+    """What goes in: `x` the layer's input, `h` what up and gate made of it."""
+    transposed: bool
+
+
+class _Fed(NamedTuple):
+    """Matrices and the second moments of their inputs: a projection of all experts, or one matrix."""
+
+    names: Sequence[str]
+    transposed: bool
+    gram_ECC: Tensor
+
+
+class _Scales(NamedTuple):
+    """One set of scales and what it does: new values by on-disk name."""
+
+    name: str
+    loss: tuple[float, float]
+    values: Mapping[str, Tensor]
+
+
+class _Layer:
+    """One layer: its scales, and what becomes of its weights."""
+
+    def __init__(self, opt: Awq, layer: SweptLayer, packing: Packing, model: Checkpoint) -> None:
+        self._opt, self._layer, self._model, self._bits = opt, layer, model, packing.bits
+        specs = {name: model.spec(name) for name in model.names()}
+        self._specs = {name: spec for name, spec in specs.items() if name.startswith(f"model.layers.{layer.index}.")}
+        self._linears = [x for x in linears_of(model.config, specs) if x.layer == layer.index]
+        self._targets = [x for x in packing.targets if x.layer == layer.index]
+        self._others = [x for x in self._linears if x.role != "expert"]
+        self.dense: dict[str, Tensor] = {}
+        """New values by on-disk name: scaled, and rounded where they are packed."""
+        self._loss: dict[str, tuple[float, float]] = {}
+        self._taken_back: list[str] = []
+        self._classes: Counter[str] = Counter()
+
+    @property
+    def found(self) -> Found:
+        return Found(self._loss, self._taken_back, self._classes)
+
+    # -- scales
+
+    def scale(self) -> None:
+        """Choose scales and put them into `dense`, as far as the layer computes the same bits with them."""
+        norms = [n for n, spec in self._specs.items() if len(spec.shape) == 1 and n.endswith("norm.weight")]
+        rounded_too = [x.name for x in self._others if self._bits[x.name] != KEPT]
+        feeds = Feeds(self._layer, self._modules(norms), self._modules([x.name for x in self._others]))
+        grams, sizes = (kind(self._layer, self._modules(rounded_too)) for kind in (InputGrams, InputSizes))
+        with feeds.watching(), grams.watching(), sizes.watching():
+            stats = self._observed(grams, sizes)
+        before = self._layer.outputs()[0].clone()
+        found = list(self._chosen(feeds, grams, sizes, stats))
+        if not self._same(before, found):
+            exact = [scales for scales in found if self._same(before, [scales])]
+            # Exact alone is exact together, but for numbers that leave the range of their type.
+            exact = exact if self._same(before, exact) else []
+            self._taken_back = [scales.name for scales in found if scales not in exact]
+            found = exact
+            self._same(before, found)
+        self._loss = {scales.name: scales.loss for scales in found}
+
+    def _modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: self._layer.linear(name) for name in names}
+
+    def _observed(self, grams: InputGrams, sizes: InputSizes) -> LayerStats | None:
+        if self._layer.is_moe:
+            return self._layer.observe([grams, sizes, *collectors(STATISTICS)], on_device=True)
+
+        def start() -> None:
+            grams.start(None, None)
+            sizes.start(None, None)
+
+        self._layer.watch(start)
+        return None
+
+    def _same(self, before: Tensor, found: Sequence[_Scales]) -> bool:
+        """Whether the layer computes the same bits with these scales; it has them afterwards, and no others."""
+        self.dense = {name: self._original(name) for name in self.dense}
+        for scales in found:
+            for name, factor in scales.values.items():
+                value = self._now(name)
+                self.dense[name] = (value * factor).to(value.dtype)
+        self._layer.rewrite(self.dense)
+        return torch.equal(self._layer.outputs()[0], before)
+
+    def _chosen(
+        self, feeds: Feeds, grams: InputGrams, sizes: InputSizes, stats: LayerStats | None
+    ) -> Iterator[_Scales]:
+        leaders = {name: leader for leader, names in grams.sharing().items() for name in names}
+        stacks, moments = self._experts(), {}
+        if stats is not None:
+            for into in ("x", "h"):
+                moments[into], classes = pooled(stats[f"{into}_cov"], stats.count_E)
+                self._classes.update(classes)
+        for norm in dict.fromkeys(feeds.norm_of.values()):
+            fed = [x.name for x in self._others if feeds.norm_of.get(x.name) == norm]
+            matrices = [_Fed([name], False, grams.matrix(leaders[name])[None]) for name in fed if name in leaders]
+            size_C = sizes.vector(leaders[matrices[0].names[0]]) if matrices else None
+            experts = [s for s in stacks if s.into == "x"] if feeds.norm_of.get(EXPERTS) == norm else []
+            if experts:
+                matrices += [_Fed(s.names, s.transposed, moments["x"]) for s in experts]
+                size_C = stats["x_abs"].sum(0) / stats.count_E.sum().clamp(min=1)
+            if size_C is None:
+                continue
+            weight_C = sum(self._sizes(f).sum(0) for f in matrices) / sum(len(f.gram_ECC) for f in matrices)
+            scale_1C, loss = self._best(matrices, size_C[None], weight_C[None])
+            values = {
+                name: 1 / scale_1C[0] for name in (norm, f"{norm.removesuffix('weight')}bias") if name in self._specs
+            }
+            values |= dict.fromkeys(fed, scale_1C[0])
+            values |= {n: scale_1C[0][:, None] if s.transposed else scale_1C[0] for s in experts for n in s.names}
+            yield _Scales(norm.removesuffix(".weight"), loss, values)
+        if len(stacks) == 3 and family_of(self._model.config).row.gated != "clamped":
+            up, down = stacks[1:]
+            matrices = [_Fed(down.names, False, moments["h"])]
+            scale_EF, loss = self._best(matrices, pooled(stats["h_abs"], stats.count_E)[0], self._sizes(matrices[0]))
+            values = {name: 1 / scale_F[:, None] for name, scale_F in zip(up.names, scale_EF, strict=True)}
+            yield _Scales("up", loss, values | dict(zip(down.names, scale_EF, strict=True)))
+
+    def _experts(self) -> list[_Stack]:
+        """Gate, up and down of all experts, or the two tensors that hold them; none in a dense layer."""
+        by_name = {x.name: x for x in self._linears if x.role == "expert"}
+        if not by_name:
+            return []
+        family = family_of(self._model.config)
+        form = family.layout(by_name, self._layer.index)
+        first = form.names_of(0)
+        if len(self._specs[first[0]].shape) == 3:
+            return [_Stack([name], into, by_name[name].transposed) for name, into in zip(first, "xh", strict=False)]
+        names = [form.names_of(expert) for expert in range(family.experts_in(self._layer.index))]
+        return [_Stack([each[i] for each in names], into, False) for i, into in enumerate("xxh")]
+
+    def _best(self, matrices: Sequence[_Fed], size_EC: Tensor, weight_EC: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """The scales [E, C] of least error, for each row of `size_EC` by itself; a single row is for all matrices.
+        Squared errors of plain rounding and with them.
+        """
+        best = least = first = None
+        for scale_EC in candidates(size_EC, weight_EC):
+            loss_E = sum(self._loss_of(fed, scale_EC) for fed in matrices)
+            if least is None:
+                best, least, first = scale_EC, loss_E, loss_E
+            better_E = loss_E < least
+            best, least = torch.where(better_E[:, None], scale_EC, best), torch.where(better_E, loss_E, least)
+        return best, (float(first.sum()), float(least.sum()))
+
+    def _loss_of(self, fed: _Fed, scale_EC: Tensor) -> Tensor:
+        """Squared output error of the matrices, [E], or [1] where all have the same scales."""
+        count, columns = fed.gram_ECC.shape[:2]
+        bits_E = [self._bits[name] for name in fed.names] * (count // len(fed.names))
+        step = max(1, SLAB_BYTES // (32 * columns * max(columns, *self._specs[fed.names[0]].shape)))
+        pieces = []
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            weight_ERC = self._values(fed, some)
+            scales = scale_EC.expand(count, -1)[some].to(weight_ERC.device)
+            left_ERC = torch.empty_like(weight_ERC, dtype=torch.float32)
+            for bits in set(bits_E[some]):  # experts may have bits of their own
+                at = [i for i, mine in enumerate(bits_E[some]) if mine == bits]
+                kept = (
+                    weight_ERC[at] if bits == KEPT else rounded(weight_ERC[at], scales[at], bits, self._opt.group_size)
+                )
+                left_ERC[at] = kept.float() - weight_ERC[at].float()
+            pieces.append(output_energy(left_ERC, fed.gram_ECC[some]))
+        loss_E = torch.cat(pieces)
+        return loss_E.sum(0, keepdim=True) if len(scale_EC) == 1 else loss_E
+
+    def _sizes(self, fed: _Fed) -> Tensor:
+        """[E, C]"""
+        return weight_sizes(self._values(fed, slice(None)), self._opt.group_size)
+
+    def _values(self, fed: _Fed, some: slice) -> Tensor:
+        """[E, R, C], as they were"""
+        if len(fed.names) > 1:
+            return torch.stack([self._original(name) for name in fed.names[some]])
+        value = self._original(fed.names[0])
+        return value[None] if value.dim() == 2 else (value.mT if fed.transposed else value)[some]
+
+    def _original(self, name: str) -> Tensor:
+        return self._model.get(name, next(self._layer.module.parameters()).device)
+
+    def _now(self, name: str) -> Tensor:
+        return self.dense[name] if name in self.dense else self._original(name)
+
+    # -- writing
+
+    def put(self, part: PartWriter) -> None:
+        """Write the layer, rounded where it is packed."""
+        packed = {x.name for x in self._targets} if self._opt.form == "packed" else set()
+        for name, value in self.dense.items():
+            if name not in packed:
+                part.put(name, value)
+        for linear in self._targets if packed else []:
+            name, bits = linear.name, self._bits[linear.name]
+            value = self._now(name)
+            codes, scale = quantize_rtn(value.mT if linear.transposed else value, bits, self._opt.group_size)
+            if value.dim() == 2:
+                put_packed(part, name, codes, scale, bits)
+            else:
+                words = pack_rows(codes, bits)
+                put_packed_stack(part, name, words.cpu(), scale.cpu(), value.shape, bits, linear.transposed)
+            self._take(linear, codes, scale)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """The new values from what an earlier run has written."""
+        self.dense = {name: value for name, value in tensors.items() if name in self._specs}
+        for linear in self._targets if self._opt.form == "packed" else []:
+            words, scale, _ = packed_names(linear.name)
+            shape = self._specs[linear.name].shape
+            columns = shape[-2] if linear.transposed else shape[-1]
+            self._take(linear, unpack_rows(tensors[words], self._bits[linear.name], columns), tensors[scale])
+
+    def _take(self, linear: Linear, codes: Tensor, scale: Tensor) -> None:
+        dense = dequantize(codes, scale)
+        self.dense[linear.name] = dense.mT if linear.transposed else dense
