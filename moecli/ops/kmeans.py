@@ -65,16 +65,18 @@ def renumbered(group_N: Tensor) -> Tensor:
 def _seeds(gram: Tensor, groups: int, rng: torch.Generator, restarts: int) -> Tensor:
     """k-means++: the chance of each next seed goes with its squared distance from those chosen. int64 [R, K]"""
     diagonal_N = gram.diagonal()
-    seeds = [torch.randint(len(gram), (restarts,), generator=rng)]
+    seed_RK = torch.empty(restarts, groups, dtype=torch.int64)
+    seed_RK[:, 0] = torch.randint(len(gram), (restarts,), generator=rng)
     nearest_RN = torch.full((restarts, len(gram)), torch.inf, dtype=torch.float64)
-    for _ in range(groups - 1):
-        last = seeds[-1]
-        nearest_RN = nearest_RN.minimum((diagonal_N + diagonal_N[last][:, None] - 2 * gram[last]).clamp(min=0))
-        taken_RN = torch.zeros_like(nearest_RN).scatter_(1, torch.stack(seeds, 1), 1.0)
-        chance_RN = nearest_RN * (1 - taken_RN)
-        chance_RN = torch.where(chance_RN.sum(1, keepdim=True) > 0, chance_RN, 1 - taken_RN)
-        seeds.append(torch.multinomial(chance_RN, 1, generator=rng).flatten())
-    return torch.stack(seeds, 1)
+    free_RN = torch.ones_like(nearest_RN)
+    for at in range(1, groups):
+        last_R = seed_RK[:, at - 1]
+        nearest_RN = nearest_RN.minimum((diagonal_N + diagonal_N[last_R][:, None] - 2 * gram[last_R]).clamp_(min=0))
+        free_RN.scatter_(1, last_R[:, None], 0.0)
+        chance_RN = nearest_RN * free_RN
+        chance_RN = torch.where(chance_RN.sum(1, keepdim=True) > 0, chance_RN, free_RN)
+        seed_RK[:, at] = torch.multinomial(chance_RN, 1, generator=rng)[:, 0]
+    return seed_RK
 
 
 def _distances(gram: Tensor, group_RN: Tensor, groups: int) -> Tensor:
