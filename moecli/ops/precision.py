@@ -14,6 +14,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from moecli.ops.budget import Item, Level, Problem
 
 PMQ_EXPONENTS = (1.0, 1.5, 1.0)
@@ -36,6 +39,16 @@ def pmq_cost(
         {bits: 1000 * (count / counts) ** alpha * (prob / probs) ** beta * error**gamma for bits, error in eps.items()}
         for count, prob, eps in zip(count_E, prob_sum_E, eps_E, strict=True)
     ]
+
+
+def outlier_score(weight_NK: Tensor) -> Tensor:
+    """Largest over input channels of max|w| / mean|w| of the channel; [...] for [..., N outputs, K inputs].
+
+    QuantMoE-Bench's scorer of linears (arXiv 2406.08155). A channel of zeros counts as 0.
+    """
+    size_NK = weight_NK.float().abs()
+    mean_K = size_NK.mean(-2)
+    return (size_NK.amax(-2) / mean_K.where(mean_K > 0, torch.inf)).amax(-1)
 
 
 def bits_problem(

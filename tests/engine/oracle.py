@@ -49,7 +49,7 @@ class _Layer:
         shapes = {
             **dict.fromkeys(VECTORS, (experts,)), **dict.fromkeys(OF_X, (experts, width)),
             **dict.fromkeys(OF_H, (experts, inner)),
-            "y_mean": (experts, width), "gy_mean": (experts, width), "entropy": (1,), "tokens": (),
+            "y_mean": (experts, width), "gy_mean": (experts, width), "entropy": (1,), "block_cos": (1,), "tokens": (),
             **dict.fromkeys(("logit_gram", "gram_cos", "coactivation"), (experts, experts)),
             "transition": (0 if first else experts, experts),
             "x_cov": (experts, width, width), "gx_cov": (experts, width, width), "x_cov_pool": (1, width, width),
@@ -106,6 +106,7 @@ class _Layer:
         total["prob_sum"] += score
         total["entropy"] -= (softmax * softmax.log()).sum()
         total["logit_gram"] += torch.outer(logits, logits)
+        total["block_cos"] += x_D @ block_D / (x_D.norm() * block_D.norm())
         y_ED = torch.stack([expert_forward(self.family, w, x_D[None])[0] for w in self.experts])
         h_EF = torch.stack([expert_forward(self.family, _without_down(w), x_D[None])[0] for w in self.experts])
         total["y_mean"] += y_ED

@@ -13,11 +13,14 @@ from moecli.engine.collectors import collectors
 from moecli.engine.data import batches_of
 from moecli.engine.rounding import RoundingErrors, SlopedRoundingErrors
 from moecli.engine.sweep import sweep
+from moecli.families import family_of
 from moecli.methods.allocate import gemq as gemq_module
 from moecli.methods.allocate import pmq as pmq_module
 from moecli.methods.allocate import rounding
 from moecli.methods.allocate.gemq import Gemq, gemq
 from moecli.methods.allocate.pmq import Pmq, pmq
+from moecli.methods.allocate.quantmoe_bench import QuantMoeBench, quantmoe_bench
+from moecli.ops.precision import outlier_score
 from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe, sketch_of
 from tests.methods.test_gptq import text_for
@@ -289,3 +292,69 @@ def test_a_tie_that_no_average_can_keep_is_refused(tiny_model, text_file, tmp_pa
     allocate = {"run": "allocate/gemq", "with": {"average": 3.0, "bits": [4, 8], "servable": "vllm", "group_size": 16}}
     ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate))
     assert message == "`average` must be at least 4.0, got 3.0"
+
+
+def bench(model, ctx, **options):
+    opt = QuantMoeBench(**({"average": 2.5, "bits": [2, 4]} | options))
+    layers = {}
+    for layer in sweep(model, batches_of(text_for(model), 2)):
+        if layer.is_moe:
+            layers[layer.index] = layer.observe(collectors(quantmoe_bench.needs(opt)))
+    stats = CalibrationStats(layers, {}, text_for(model))
+    return quantmoe_bench(opt, stats, model, ctx), stats
+
+
+def plain_score(weight):
+    """One matrix, channel by channel."""
+    return max(
+        max(abs(w) for w in column) / (sum(abs(w) for w in column) / len(column)) for column in weight.T.tolist()
+    )
+
+
+def test_outliers_get_the_most_bits(checkpoint, context):
+    model = checkpoint()
+    allocated, _ = bench(model, context(), average=2.7)
+    family, scored = family_of(model.config), []
+    for layer, pairs in allocated.pairs().items():
+        for expert, (inward, outward) in enumerate(pairs):
+            gate, up, down = family.read_expert(model, layer, expert)[:3]
+            scored += [(max(plain_score(gate), plain_score(up)), inward, 2), (plain_score(down), outward, 1)]
+    assert 2.7 * 48 - 2 < sum(bits * size for _, bits, size in scored) <= 2.7 * 48
+    left, plain = 2.7 * 48 - 2 * 48, 0.0
+    for score, _, size in sorted(scored, reverse=True):
+        if 2 * size <= left:
+            left, plain = left - 2 * size, plain + 2 * size * score
+    found = sum((bits - 2) * size * score for score, bits, size in scored)
+    assert plain <= found * (1 + 1e-9) and found < 1.05 * plain, "the highest scores, but for what is left over"
+    assert {pair for pairs in allocated.pairs().values() for pair in pairs} >= {(2, 2), (2, 4), (4, 2)}
+
+
+def test_frequent_experts_and_layers_that_turn_their_input_get_more(checkpoint, context):
+    model = checkpoint()
+    plan, stats = bench(model, context("f"), by="frequency", average=3.0)
+    counts = torch.cat([stats[layer].count_E for layer in (0, 1)])
+    bits = torch.cat([plan[layer][:, 0] for layer in (0, 1)])
+    assert int(counts[bits == 4].min()) >= int(counts[bits == 2].max()) and int((bits == 4).sum()) == 8
+    plan, stats = bench(model, context("b"), by="block", average=3.0)
+    cosine = [float(stats[layer]["block_cos"]) / stats[layer].tokens for layer in (0, 1)]
+    assert all(-1 <= c <= 1 for c in cosine) and cosine[0] != cosine[1]
+    more = cosine.index(min(cosine))
+    assert plan[more].unique().tolist() == [4] and plan[1 - more].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize(("servable", "average"), [("vllm", 6.0), ("hf", 8.0), ("research", 6.0)])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_scores_keep_what_readers_demand(family, servable, average, checkpoint, context):
+    plan, _ = bench(checkpoint(family), context(), bits=[4, 8], average=average, servable=servable)
+    rows = [bits.unique(dim=0) for bits in plan.values()]
+    assert all(len(row) == 1 for row in rows) or (family, servable) == ("qwen3_moe", "research")
+    if servable != "research":
+        assert all(int(row[0, 0]) == int(row[0, 1]) for row in rows)
+    if servable == "hf":
+        assert {tuple(row[0].tolist()) for row in rows} == {(8, 8)}
+
+
+def test_a_score_by_hand():
+    weight = torch.tensor([[1.0, 0.0, -3.0], [1.0, 0.0, 1.0]])
+    assert float(outlier_score(weight)) == 1.5
+    assert outlier_score(torch.stack([weight, 0 * weight])).tolist() == [1.5, 0.0]

@@ -30,6 +30,7 @@ from moecli.engine.collectors.grams import GhCov, GxCov, HCov, PhCov, XCov, XCov
 from moecli.engine.collectors.grouped import Grouped
 from moecli.engine.collectors.outputs import (
     AbsMax,
+    BlockCos,
     EanSq,
     EanSum,
     Easy,
@@ -73,7 +74,7 @@ FORWARD: Mapping[str, type[Collector]] = {
     kind.name: kind
     for kind in (
         Count, GateSum, GateSq, ProbSum, ProbRouted, Entropy, LogitGram, CoActivation, Transition, TopkIdx, TopkW,
-        EanSum, EanSq, GeanSum, GeanSq, Easy, Share, AbsMax, YMean, GyMean, GramCos,
+        EanSum, EanSq, GeanSum, GeanSq, Easy, Share, BlockCos, AbsMax, YMean, GyMean, GramCos,
         X2, Px2, XAbs, XMax, H1, H2, HAbs, HMax, Ph2, PhMax,
         XCov, GxCov, XCovPool, HCov, GhCov, PhCov, TokReservoir, ActSample,
     )

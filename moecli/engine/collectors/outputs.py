@@ -82,6 +82,25 @@ class Share(_OfVisits):
         return grouped.sum_E(grouped.gate_S * along_S * inverse_T[grouped.row_S])
 
 
+class BlockCos(Total):
+    """Sum over all tokens of cos(x_t, b_t), b_t what the block adds to the stream, shared experts with it; 0 where one
+    of them is 0; divide by `tokens` for the mean. float64 [1], sum. Importance of blocks in QuantMoE-Bench
+    (2406.08155), where a trained predictor stands for it.
+    """
+
+    name = "block_cos"
+    routed = False
+    needs = frozenset({"block"})
+
+    @classmethod
+    def size(cls, shape: LayerShape) -> tuple[int, ...]:
+        return (1,)
+
+    def of(self, grouped: Grouped) -> Tensor:
+        cos_T = torch.cosine_similarity(grouped.hidden_TD.float(), grouped.block_TD.float(), dim=-1, eps=1e-30)
+        return cos_T.sum(dtype=torch.float64)[None]
+
+
 class AbsMax(_OfVisits):
     """Largest |y| over X_i and all channels, un-gated. float32 [E], maximum. Super Experts (2507.23279)."""
 

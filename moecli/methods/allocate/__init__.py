@@ -46,6 +46,10 @@ VLLM_BITS = (4, 8)
 """What vLLM's kernels for experts take without a backend of their own."""
 
 
+_WEIGHTS = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
+"""Share of an expert's weights that gate and up are, and that its down projection is."""
+
+
 class Allocate(Options):
     """Options of a method that gives experts bits."""
 
@@ -146,15 +150,22 @@ def _up(value: float) -> float:
 
 
 def solve(cost: Costs, opt: Allocate, model: Checkpoint, ctx: Context) -> BitPlan:
-    """Each expert's bits at the least cost; what came of it is recorded.
-
-    MoecliError when the solver cannot take a problem of this size.
-    """
+    """Each expert's bits at the least cost; what came of it is recorded. MoecliError: see `solved`."""
     share = opt.share(model.config, {name: model.spec(name) for name in model.names()})
     if share == "layer" and opt.servable == "research":
         ctx.note("a layer's experts lie in one tensor: each layer has one number of bits")
+    plan = plan_of(solved(opt.split(cost, share, opt.at_least == "upper_two"), opt, ctx))
+    report(plan, ctx)
+    return plan
+
+
+def solved(problems: Sequence[budget.Problem], opt: Allocate, ctx: Context) -> dict[str, int]:
+    """The bits of each item, and a note of what they cost.
+
+    MoecliError when the solver cannot take a problem of this size.
+    """
     solutions = []
-    for problem in opt.split(cost, share, opt.at_least == "upper_two"):
+    for problem in problems:
         try:
             solutions.append(SOLVERS[opt.solver](problem))
         except ValueError as reason:
@@ -162,9 +173,7 @@ def solve(cost: Costs, opt: Allocate, model: Checkpoint, ctx: Context) -> BitPla
     error, bound = (math.fsum(getattr(found, name) for found in solutions) for name in ("error", "bound"))
     proven = f"at most {error - bound:.3g} above the least possible" if error > bound else "the least possible"
     ctx.note(f"cost {error:.6g}, {proven}")
-    plan = plan_of(_together(solutions))
-    report(plan, ctx)
-    return plan
+    return _together(solutions)
 
 
 def _together(solutions: Iterable[budget.Solution]) -> dict[str, int]:
@@ -185,12 +194,13 @@ def plan_of(choice: Mapping[str, int]) -> BitPlan:
 
 def report(plan: BitPlan, ctx: Context, charts: Sequence[Mapping[str, Any]] = ()) -> None:
     """The histogram of bits, and their mean by layer; `charts` come after it."""
-    counts = Counter(bits for bits_E2 in plan.values() for bits in bits_E2[:, 0].tolist())
-    mean = {layer: float(bits_E2[:, 0].double().mean()) for layer, bits_E2 in plan.items()}
-    words = ", ".join(f"{count} have {bits}" for bits, count in sorted(counts.items()))
-    average = sum(bits * count for bits, count in counts.items()) / counts.total()
+    counts = Counter(pair for pairs in plan.pairs().values() for pair in pairs)
+    mean = {layer: float(bits_E2.double().mean(0) @ _WEIGHTS) for layer, bits_E2 in plan.items()}
+    each = [(" and ".join(map(str, dict.fromkeys(pair))), count) for pair, count in sorted(counts.items())]
+    average = sum(mean[layer] * len(bits_E2) for layer, bits_E2 in plan.items()) / counts.total()
+    words = ", ".join(f"{count} have {bits}" for bits, count in each)
     ctx.note(f"bits of {counts.total()} routed experts: {words}; {average:.3f} on average")
-    ctx.record("bits", {str(layer): bits_E2[:, 0].tolist() for layer, bits_E2 in plan.items()})
+    ctx.record("bits", {str(layer): bits_E2.tolist() for layer, bits_E2 in plan.items()})
     ctx.record("charts", [{
         "title": "Bits of experts", "x_label": "layer", "y_label": "mean bits of a weight",
         "caption": "Mean number of bits of a layer's routed experts, scales not counted.",
