@@ -51,6 +51,17 @@ def test_codes_are_those_of_the_plain_algorithm(bits, act_order):
     assert torch.equal(exact.codes_ERC, wanted)
 
 
+@pytest.mark.parametrize("columns", [33, 72, 600])
+def test_widths_that_no_block_divides(columns):
+    rng = torch.Generator().manual_seed(columns)
+    weight = torch.randn(2, 5, columns, generator=rng, dtype=torch.float64)
+    x = torch.randn(2, 2 * columns, columns, generator=rng, dtype=torch.float64) * torch.rand(columns, generator=rng)
+    scale = group_scale(weight, 4, columns // 3)
+    found = solve(weight, scale, factor(x.mT @ x), 4)
+    wanted = torch.stack([plain(w, v.T @ v, s, 4) for w, v, s in zip(weight, x, scale, strict=True)])
+    assert torch.equal(found.codes_ERC, wanted)
+
+
 def test_the_factor_is_that_of_the_damped_inverse():
     _, _, hessian = inputs(5)
     found = factor(hessian, damp=0.02)
@@ -62,7 +73,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
     assert found.tries_E.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("columns", [24, 128, 300])
+@pytest.mark.parametrize("columns", [24, 256, 600])
 @pytest.mark.parametrize("tokens", [1, 4, 2000])
 def test_factors_in_one_piece_and_in_several_are_those_of_float64(columns, tokens):
     """With one direction far above all others too: there errors grow most."""
