@@ -77,17 +77,18 @@ def pack_rows(codes_NK: Tensor, bits: int) -> Tensor:
 
     Code u = q + 2^(bits-1); element i occupies bits [i*bits, (i+1)*bits). Values may straddle words (3 bits).
     """
-    unsigned = (codes_NK.to(torch.int64) + 2 ** (bits - 1)).flatten(0, -2)
+    unsigned = (codes_NK.to(torch.int32) + 2 ** (bits - 1)).flatten(0, -2)
     if 32 % bits == 0:
         per_word = 32 // bits
         padded = _pad_columns(unsigned, per_word).unflatten(-1, (-1, per_word))
-        words = (padded << (torch.arange(per_word, device=padded.device) * bits)).sum(-1)
+        shifts = torch.arange(per_word, dtype=torch.int32, device=padded.device) * bits
+        words = (padded << shifts).sum(-1, dtype=torch.int32)
     else:
-        positions = torch.arange(bits, device=unsigned.device)
+        positions = torch.arange(bits, dtype=torch.int32, device=unsigned.device)
         stream = ((unsigned.unsqueeze(-1) >> positions) & 1).flatten(-2)
         stream = _pad_columns(stream, 32).unflatten(-1, (-1, 32))
-        words = (stream << torch.arange(32, device=stream.device)).sum(-1)
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        shifts = torch.arange(32, dtype=torch.int32, device=stream.device)
+        words = (stream << shifts).sum(-1, dtype=torch.int32)
     return words.unflatten(0, codes_NK.shape[:-1])
 
 
