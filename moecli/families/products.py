@@ -37,11 +37,17 @@ def factor_config(config: Mapping[str, Any], names: Container[str], choose: Choo
     return {**config, FACTORS_KEY: entries}
 
 
+def plain_experts(sketch: ModelSketch) -> ModelSketch:
+    """The same model, once it is known that its experts will be readable as numbers of one shape. MoecliError."""
+    _unquantized(sketch)
+    return sketch
+
+
 def forecast_factors(sketch: ModelSketch, choose: Choose) -> ModelSketch:
     """The model with its experts stored as factors. Raises MoecliError (`factor_config`), SurroundingsError for
     quantized experts.
     """
-    _unquantized(sketch)
+    plain_experts(sketch)
     config, specs = factor_config(sketch.config, sketch.specs, choose), dict(sketch.specs)
     for entry in config[FACTORS_KEY].values() if specs else ():
         specs = factor_specs(specs, entry)

@@ -23,7 +23,7 @@ from moecli.core.stage import Options
 from moecli.engine.collectors import collectors
 from moecli.engine.sweep import SweptLayer
 from moecli.families import family_of
-from moecli.families.products import factor_config, forecast_factors
+from moecli.families.products import factor_config, forecast_factors, plain_experts
 from moecli.io.factors import FACTORS_KEY, put_factors
 from moecli.ops.lowrank import Factored, truncated
 from moecli.ops.moments import Moments, moments
@@ -71,13 +71,6 @@ def kept_counts(ctx: Context, layer: int) -> dict[str, float]:
 
 def _not_there() -> Counts:
     raise RuntimeError("a part went missing while the stage ran")
-
-
-def refuse_quantized(model: ModelFacts) -> Iterator[Problem]:
-    """Experts that are no plain numbers cannot be changed."""
-    if model.quantized:
-        yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read",
-                      hint="move this stage above the `quantize/...` stage")  # fmt: skip
 
 
 def slabs(experts: int, bytes_each: int) -> Iterator[slice]:
@@ -163,7 +156,6 @@ class Sparse(Options):
         return Pattern(int(keep), int(of))
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
-        yield from refuse_quantized(model)
         zeros, widths = self.zeros, {"model width": model.hidden, "expert width": model.expert_width}
         if not isinstance(zeros, Pattern):
             if dropped(least := min(widths.values()), zeros) == 0:
@@ -172,6 +164,9 @@ class Sparse(Options):
         elif wrong := [f"{name} {width}" for name, width in widths.items() if width % zeros.of]:
             yield Problem("sparsity", f"groups of {zeros.of} do not divide the {' and the '.join(wrong)}",
                           hint=f"write `sparsity: {zeros.part:g}`")  # fmt: skip
+
+    def forecast(self, model: ModelSketch) -> ModelSketch:
+        return plain_experts(model)
 
 
 class Scored(Sparse):
@@ -275,12 +270,9 @@ class LowRank(Options):
         """`rank`, `base` and `rows` of a matrix."""
         raise NotImplementedError
 
-    def problems(self, model: ModelFacts) -> Iterator[Problem]:
-        yield from refuse_quantized(model)
-
     def forecast(self, model: ModelSketch) -> ModelSketch:
         if self.form == "expanded":
-            return model
+            return plain_experts(model)
         return forecast_factors(model, partial(self.shape, model.facts.experts))
 
 

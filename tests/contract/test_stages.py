@@ -20,7 +20,7 @@ from moecli.runner.execute import Execution
 from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe
 
-VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"], "average": 3.0}
+VALUES = {"keep": 4, "ratio": 0.5, "bits": 4, "tasks": ["tiny_choice"], "average": 3.0, "kept": 0.5}
 OVERRIDES = {
     "allocate/pmq": {"group_size": 16},
     "allocate/gemq": {"group_size": 16},
@@ -28,7 +28,9 @@ OVERRIDES = {
     **{n: {"align": 8} for n in lookup.names() if "align" in lookup.find(n).options.model_fields},
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
+    "calibrate/balanced": {"samples": 3, "tokens_per_sample": 32, "pool": 2, "batch_size": 2},
     "quantize/gptq": {"group_size": 16},
+    "slim/mc-smoe-second": {"rank": 6},
     "quantize/awq": {"group_size": 16},
     "quantize/hqq": {"group_size": 16},
     "quantize/rtn": {"group_size": 16},
