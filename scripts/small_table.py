@@ -150,11 +150,11 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         rows[f"hqq-{bits}"] = [stage("quantize/hqq", bits=bits)]
         rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
         for method in ("eora", "lqer", "slim"):
-            rows[f"gptq-{bits}-{method}-16"] = [
-                stage("quantize/gptq", bits=bits), {"run": f"compensate/{method}", "with": {"rank": 16}},
+            rows[f"gptq-{bits}-{method}-4"] = [
+                stage("quantize/gptq", bits=bits), {"run": f"compensate/{method}", "with": {"rank": 4}},
             ]  # fmt: skip
-        rows[f"rtn-{bits}-eora-16"] = [
-            stage("quantize/rtn", bits=bits), {"run": "compensate/eora", "with": {"rank": 16}},
+        rows[f"rtn-{bits}-eora-4"] = [
+            stage("quantize/rtn", bits=bits), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
     rows["rtn-4-group-32"] = [{"run": "quantize/rtn", "with": {"bits": 4, "group_size": 32}}]
     for average in (3.0, 2.5, 2.25):
@@ -170,8 +170,8 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         for name, plan in plans.items():
             rows[f"{name}-{average}-gptq"] = [*plan, stage("quantize/gptq", bits=4)]
         rows[f"pmq-{average}-rtn"] = [*plans["pmq"], stage("quantize/rtn", bits=4)]
-        rows[f"gemq-{average}-gptq-eora-16"] = [
-            *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 16}},
+        rows[f"gemq-{average}-gptq-eora-4"] = [
+            *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
     return rows
 
@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/small-table"))
-    parser.add_argument("--rows", choices=("experts", "channels", "bits"), default="experts")
+    parser.add_argument("--rows", choices=("experts", "channels", "bits", "matrices"), default="experts")
     parser.add_argument("--keep", type=int, nargs="+", default=[24, 16])
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     parser.add_argument("--device", default="cpu")
@@ -291,6 +291,10 @@ def main() -> None:
         rows = slim_rows()
     elif args.rows == "bits":
         rows = bits_rows()
+    elif args.rows == "matrices":
+        from matrices_table import matrix_rows
+
+        rows = matrix_rows()
     else:
         rows = variants(args.keep)
     rows = {name: stages for name, stages in rows.items() if not args.only or any(part in name for part in args.only)}
