@@ -29,6 +29,7 @@ OVERRIDES = {
     "calibrate/statistics": {"samples": 6, "tokens_per_sample": 32, "batch_size": 2},
     "calibrate/text": {"samples": 6, "tokens_per_sample": 32},
     "calibrate/balanced": {"samples": 3, "tokens_per_sample": 32, "pool": 2, "batch_size": 2},
+    "calibrate/balanced": {"samples": 3, "tokens_per_sample": 32, "pool": 2, "batch_size": 2},
     "quantize/gptq": {"group_size": 16},
     "slim/mc-smoe-second": {"rank": 6},
     "quantize/awq": {"group_size": 16},

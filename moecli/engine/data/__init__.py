@@ -22,9 +22,9 @@ from __future__ import annotations
 from moecli.engine.data.reading import check_there, documents, read_rows
 from moecli.engine.data.rules import PRESETS, RULES
 from moecli.engine.data.sources import TextSource, identity, parse, pinned, sources_of, spec_text
-from moecli.engine.data.tokens import Batch, batches_of, shares, tokenise
+from moecli.engine.data.tokens import Batch, batches_of, digest_of, shares, tokenise
 
 __all__ = [
-    "PRESETS", "RULES", "Batch", "TextSource", "batches_of", "check_there", "documents", "identity", "parse", "pinned",
-    "read_rows", "shares", "sources_of", "spec_text", "tokenise",
+    "PRESETS", "RULES", "Batch", "TextSource", "batches_of", "check_there", "digest_of", "documents", "identity",
+    "parse", "pinned", "read_rows", "shares", "sources_of", "spec_text", "tokenise",
 ]  # fmt: skip

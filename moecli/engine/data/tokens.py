@@ -84,7 +84,7 @@ def tokenise(
             _refuse_short(found, count, tokens_per_sample, source.dataset if len(sources) > 1 else "the text")
         rows += found
     ids, mask = _padded(rows, tokens_per_sample, tokenizer)
-    return CalibrationText(ids, mask, _digest(ids, mask))
+    return CalibrationText(ids, mask, digest_of(ids, mask))
 
 
 def _drawn(
@@ -132,7 +132,8 @@ def _padded(rows: Sequence[Sequence[int]], length: int, tokenizer: Any) -> tuple
     return ids, mask
 
 
-def _digest(ids: Tensor, mask: Tensor) -> str:
+def digest_of(ids: Tensor, mask: Tensor) -> str:
+    """sha256 of a text's ids and mask: `CalibrationText.digest`."""
     total = hashlib.sha256(f"{list(ids.shape)}".encode())
     for tensor in (ids, mask):
         total.update(tensor.contiguous().numpy().astype("<i8").tobytes())
