@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +51,10 @@ class Options(BaseModel):
     def identity(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """Values that enter the key in place of some options' own; `digest` gives the sha256 of a file or folder."""
         return {}
+
+    def collects(self) -> Collection[str] | None:
+        """Of a calibration: names of the statistics it will hold; None when not known."""
+        return None
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         """What cannot work for this model, from facts alone. Facts are those at this point of the recipe."""

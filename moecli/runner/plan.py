@@ -304,6 +304,7 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterat
         return
     if step.stage.kind == "eval":  # may look back at what made the model
         return
+    yield from _not_collected(recipe, step, steps)
     facts = step.sketch.facts
     for name, index in step.inputs.items():
         kind = step.stage.inputs[name].type
@@ -321,6 +322,22 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterat
             yield Diagnostic(
                 f"`{name}` comes from a model with {there} experts, the model here has {here}",
                 place, f"add a `{again}` stage{line}",
+            )  # fmt: skip
+
+
+def _not_collected(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterator[Diagnostic]:
+    """Statistics that the stage needs and that the calibration it reads was told to leave out."""
+    for name, wanted in step.stage.inputs.items():
+        index = step.inputs.get(name, SOURCE)
+        if index == SOURCE or wanted.optional or not issubclass(wanted.type, CalibrationStats):
+            continue
+        found = steps[index].options.collects()
+        for missing in [] if found is None else sorted(set(step.stage.needs(step.options)).difference(found)):
+            base = f"stages.{steps[index].position}"
+            place = recipe.located.place(f"{base}.with.statistics") or recipe.located.place(f"{base}.run")
+            yield Diagnostic(
+                f"`{step.stage.name}` needs the statistic `{missing}`, which is not collected here", place,
+                f"add `{missing}`, or write `statistics: auto`",
             )  # fmt: skip
 
 

@@ -88,6 +88,9 @@ class Statistics(TextOptions):
         named = super().resolve(needs)
         return named.model_copy(update={"statistics": list(needs)}) if self.statistics == "auto" else named
 
+    def collects(self) -> Collection[str] | None:
+        return None if self.statistics == "auto" else [*ALWAYS, *self.statistics]
+
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         yield from super().problems(model)
         topping = self.min_tokens_per_expert is not None and self.min_tokens_per_expert.action == "top_up"
