@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,6 +43,9 @@ class Options(BaseModel):
     """Options of one stage: frozen, strict, no unknown names. Each field's docstring is its documentation."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    any_width: ClassVar[bool] = False
+    """Whether a stage that decides on experts or writes them takes a model whose experts differ in width."""
 
     def resolve(self, needs: tuple[str, ...]) -> Self:
         """These options with what depends on later stages written out; `needs` are their statistics, sorted."""

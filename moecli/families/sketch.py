@@ -11,7 +11,7 @@ from typing import Any
 
 from moecli.core.errors import MoecliError, StageFailed, SurroundingsError
 from moecli.core.model import ModelSketch, TensorSpec
-from moecli.families.family import BF16_HINT, FACTORED, WIDTHS_KEY, Family, alias_config, family_of
+from moecli.families.family import BF16_HINT, FACTORED, FACTORED_HINT, Family, alias_config, family_of
 
 Specs = dict[str, TensorSpec]
 
@@ -67,16 +67,11 @@ def _unquantized(sketch: ModelSketch) -> Family:
     if sketch.facts.quantized == FACTORED:
         raise MoecliError(
             "the experts are stored as low-rank factors, and no stage but an evaluation takes such a model",
-            hint="write `form: expanded` in the stage that factors them, or move this stage above it",
+            hint=FACTORED_HINT,
         )
     if sketch.facts.quantized:
         hint = BF16_HINT if family.quantized else "move this stage above the `quantize/...` stage"
         raise SurroundingsError(f"experts are quantized ({sketch.facts.quantized}) and cannot be read", hint=hint)
-    if sketch.config.get(WIDTHS_KEY):
-        raise MoecliError(
-            "the experts differ in width, and no stage but an evaluation takes such a model",
-            hint="move this stage above the `slim/...` stage, or write `widths: uniform` there",
-        )
     return family
 
 

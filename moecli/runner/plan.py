@@ -12,10 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moecli.core.artifacts import Artifact, BitPlan, CalibrationStats, Checkpoint, ExpertPlan
+from moecli.core.artifacts import (
+    Artifact,
+    BitPlan,
+    CalibrationStats,
+    CalibrationText,
+    Checkpoint,
+    Evaluation,
+    ExpertPlan,
+)
 from moecli.core.errors import Diagnostic, MoecliError, Problem, RecipeError
 from moecli.core.model import ModelSketch
 from moecli.core.stage import Input, Options, RunSetting, SourcePath, Stage
+from moecli.families import WIDTHS_KEY
 from moecli.recipe.schema import Recipe, StageEntry, resolved_yaml
 from moecli.runner import lookup
 from moecli.runner.export import why_not_exported, why_not_stock
@@ -301,6 +310,14 @@ def _model_problems(recipe: Recipe, step: Step, steps: Sequence[Step]) -> Iterat
     for problem in own:
         yield Diagnostic(problem.message, _place(recipe, step.position, problem), problem.hint)
     if any(not problem.option for problem in own):  # the stage has no place here at all
+        return
+    changes = not issubclass(step.stage.output, CalibrationText | Evaluation)  # statistics are such text
+    if changes and step.sketch.config.get(WIDTHS_KEY) and not step.options.any_width:
+        yield Diagnostic(
+            f"`{step.stage.name}` takes experts of one width, here they differ",
+            recipe.located.place(f"stages.{step.position}.run"),
+            "write `widths: uniform` in the `slim/...` stage above",
+        )
         return
     if step.stage.kind == "eval":  # may look back at what made the model
         return

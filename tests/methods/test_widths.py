@@ -9,7 +9,7 @@ import torch
 
 from moecli.core.artifacts import sketch_of
 from moecli.core.errors import MoecliError
-from moecli.families import WIDTHS_KEY, facts_of, family_of, forecast_keep, padded
+from moecli.families import WIDTHS_KEY, facts_of, family_of, padded
 from moecli.families.adapter import load_model
 from moecli.io.reader import FolderCheckpoint
 from moecli.methods.slim.heapr import Heapr, heapr
@@ -186,14 +186,6 @@ def test_saving_is_refused_where_a_layer_has_several_widths(checkpoint, context,
     network = loaded(tmp_path / "per_layer")
     network.save_pretrained(tmp_path / "again")
     assert torch.equal(run(loaded(tmp_path / "again")), run(network))
-
-
-def test_other_stages_refuse_such_a_model(checkpoint, context):
-    narrow, _ = slim(checkpoint(), context(), widths="ragged")
-    with pytest.raises(MoecliError, match="the experts differ in width"):
-        forecast_keep(sketch_of(narrow), 4)
-    with pytest.raises(MoecliError, match="the experts differ in width"):
-        Heapr(ratio=0.5, align=8).forecast(sketch_of(narrow))
 
 
 def test_a_config_with_wrong_widths_says_so(checkpoint, context, tmp_path):

@@ -325,3 +325,17 @@ def test_what_a_model_takes_once_loaded(planned: Planned) -> None:
     assert widths["uniform"] == widths["per_layer"] == widths["ragged"] < widths["pad"]  # type: ignore[operator]
     assert widths["pad"] == plain.source.bytes
     assert estimate(planned(PERPLEXITY)).loaded_bytes is None
+
+
+@pytest.mark.parametrize("stage", ["quantize/gptq: {group_size: 8}", "slim/random: {ratio: 0.5, align: 8}"])
+def test_experts_of_different_widths_are_for_few_stages(stage: str, planned: Planned) -> None:
+    """Those that say so; evaluations and calibrations take any model."""
+    slim = "slim/random: {ratio: 0.5, align: 8, widths: ragged, scope: global}"
+    fine = planned(slim, CALIBRATE, "quantize/rtn: {bits: 4, group_size: 8}", PERPLEXITY)
+    assert fine.export == "compact"
+    with pytest.raises(RecipeError) as caught:
+        planned(slim, CALIBRATE, stage)
+    (problem,) = caught.value.diagnostics
+    assert problem.message == f"`{stage.partition(':')[0]}` takes experts of one width, here they differ"
+    assert problem.hint == "write `widths: uniform` in the `slim/...` stage above"
+    assert problem.place is not None

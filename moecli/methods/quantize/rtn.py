@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 from torch import Tensor
@@ -41,6 +41,8 @@ from moecli.ops.pack import quantize_rtn
 
 class Rtn(Quantize):
     """Options of `quantize/rtn`."""
+
+    any_width: ClassVar[bool] = True
 
     shrink: bool = False
     """Search each scale among 80 smaller ones for the least |error|^2.4, in place of the largest weight's."""
