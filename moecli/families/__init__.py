@@ -2,6 +2,8 @@
 
 from moecli.families.family import (
     ALIAS_KEY,
+    FACTORED,
+    FACTORED_HINT,
     FAMILIES,
     WIDTHS_KEY,
     Family,
@@ -30,6 +32,8 @@ from moecli.families.widths import (
 
 __all__ = [
     "ALIAS_KEY",
+    "FACTORED",
+    "FACTORED_HINT",
     "FAMILIES",
     "WIDTHS_KEY",
     "Family",

@@ -36,6 +36,7 @@ WIDTHS_KEY = "moecli_widths"
 
 FACTORED = "low-rank factors"
 """Stands for a `quant_method` where experts are stored as factors (`io.factors`): no plain numbers either."""
+FACTORED_HINT = "write `form: expanded` in the stage that factors them, or move this stage above it"
 
 Role = Literal["attention", "expert", "shared", "dense", "head", "router"]
 _FLOATS = ("bfloat16", "float16", "float32", "float64")

@@ -12,6 +12,7 @@ from moecli.core.artifacts import sketch_of
 from moecli.core.errors import RecipeError, StageFailed
 from moecli.families.adapter import load_model
 from moecli.io.factors import FACTORS_KEY, unfactored
+from moecli.methods.eval.lm_eval import LmEval
 from moecli.methods.matrices import MATRICES
 from moecli.methods.slim.d2_moe import D2Moe, d2_moe
 from moecli.methods.slim.mc_smoe_second import McSmoeSecond, mc_smoe_second
@@ -244,12 +245,15 @@ SMALL = {"run": "slim/svd-llm", "with": {"kept": 0.5}}
         {"run": "slim/magnitude", "with": {"ratio": 0.5, "align": 8}},
         {"run": "slim/svd-llm", "with": {"kept": 0.5, "form": "expanded"}},
         {"run": "slim/random", "with": {"ratio": 0.5, "align": 8}},
+        {"run": "slim/random", "with": {"ratio": 0.5, "align": 8, "widths": "pad"}},
+        {"run": "quantize/rtn", "with": {"group_size": 16}},
         {"run": "slim/sparsegpt"},
         SMALL,
     ],
 )
 def test_no_stage_changes_factors(after, tiny_model, tmp_path):
-    (found,) = refused([TEXT, SMALL, after], tiny_model("qwen3_moe"), tmp_path)
+    found, *others = refused([TEXT, SMALL, after], tiny_model("qwen3_moe"), tmp_path)
+    assert not others
     assert "low-rank factors" in found[0]
     assert "write `form: expanded`" in found[1]
 
@@ -267,6 +271,12 @@ def test_a_stock_export_of_factors_is_refused(tiny_model, tmp_path):
         open_recipe(tmp_path / "r.yaml")
     (found,) = caught.value.diagnostics
     assert found.message.endswith("its experts are stored as low-rank factors")
+
+
+def test_vllm_is_refused_for_factors(checkpoint):
+    told = SvdLlm(kept=0.5).forecast(sketch_of(checkpoint()))
+    (problem,) = LmEval(tasks=["arc_easy"], backend="vllm").problems(told.facts)
+    assert problem.message == "vLLM does not load compact models of moecli"
 
 
 # -- whole recipes

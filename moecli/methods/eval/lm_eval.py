@@ -41,6 +41,7 @@ from moecli.core.context import Context
 from moecli.core.errors import Problem, StageFailed, SurroundingsError
 from moecli.core.model import ModelFacts
 from moecli.core.stage import Options, RunSetting, SourcePath, stage
+from moecli.families import FACTORED
 from moecli.families.adapter import load_model, load_tokenizer, tokenizer_digest
 from moecli.io.harness import evaluation_of
 from moecli.io.reader import FolderCheckpoint
@@ -98,7 +99,7 @@ class LmEval(Options):
         return self.model_copy(update={"tasks": expanded(self.tasks, self.include)})
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
-        if self.backend == "vllm" and (model.router_rows != model.experts or model.quantized == "moecli"):
+        if self.backend == "vllm" and (model.router_rows != model.experts or model.quantized in ("moecli", FACTORED)):
             yield Problem(
                 "backend", "vLLM does not load compact models of moecli", hint="write `backend: memory` or `streamed`"
             )

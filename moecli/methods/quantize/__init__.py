@@ -24,7 +24,7 @@ from moecli.core.context import Context
 from moecli.core.errors import MoecliError, Problem
 from moecli.core.model import ModelFacts, ModelSketch, PlannedBits, TensorSpec
 from moecli.core.stage import Options, RunSetting
-from moecli.families import ALIAS_KEY, WIDTHS_KEY, Linear, family_of, form_of, linears_of
+from moecli.families import ALIAS_KEY, FACTORED, FACTORED_HINT, WIDTHS_KEY, Linear, family_of, form_of, linears_of
 from moecli.io.formats import (
     FLOATS,
     Group,
@@ -76,9 +76,8 @@ class Quantize(Options):
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         if model.quantized:
-            yield Problem(
-                "", f"the model is quantized already ({model.quantized})", hint="set `model` to a bfloat16 copy of it"
-            )
+            hint = FACTORED_HINT if model.quantized == FACTORED else "set `model` to a bfloat16 copy of it"
+            yield Problem("", f"the model is quantized already ({model.quantized})", hint=hint)
         named = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
         widths = {name: width for name, width in named.items() if width}
         wrong = [f"{name} {width}" for name, width in widths.items() if width % self.group_size]

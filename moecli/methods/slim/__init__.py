@@ -38,6 +38,8 @@ from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import DTYPE_BYTES, ModelFacts, ModelSketch
 from moecli.core.stage import Options
 from moecli.families import (
+    FACTORED,
+    FACTORED_HINT,
     family_of,
     forecast_width,
     forecast_widths,
@@ -94,8 +96,8 @@ class Slim(Options):
             yield from self._uniform_problems(model)
             return
         if self.widths == "pad" and model.quantized:  # others are told by their forecasts
-            yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read",
-                          hint="move this stage above the `quantize/...` stage")  # fmt: skip
+            hint = FACTORED_HINT if model.quantized == FACTORED else "move this stage above the `quantize/...` stage"
+            yield Problem("", f"experts are quantized ({model.quantized}) and cannot be read", hint=hint)
         if self.widths == "per_layer" and self.scope != "global":
             yield Problem("scope", f"`scope: {self.scope}` leaves all layers as wide, `per_layer` lets them differ",
                           hint="write `scope: global`")  # fmt: skip
