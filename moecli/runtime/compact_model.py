@@ -119,8 +119,8 @@ class CompactQuantizer(HfQuantizer):
         if not (config.packed or config.widths):
             return [*guard, *weight_conversions]
         for stock in weight_conversions:
-            ours = [unpacking(stock), *stack_renamings(stock)] if config.packed else [stock]
-            ours[0] = by_width(ours[0]) if config.widths else ours[0]
+            merging = by_width(stock) if config.widths else stock
+            ours = [unpacking(merging), *stack_renamings(stock)] if config.packed else [merging]
             self._originals |= {id(conversion): stock for conversion in ours}
             conversions += ours
         if not config.packed:

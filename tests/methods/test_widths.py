@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from moecli.core.artifacts import sketch_of
-from moecli.core.errors import MoecliError
+from moecli.core.errors import MoecliError, StageFailed
 from moecli.families import WIDTHS_KEY, facts_of, family_of, padded
 from moecli.families.adapter import load_model
 from moecli.io.reader import FolderCheckpoint
+from moecli.methods.quantize.rtn import Rtn, rtn
 from moecli.methods.slim.heapr import Heapr, heapr
 from moecli.runner.export import choose, export
 from tests import tiny
@@ -186,6 +187,29 @@ def test_saving_is_refused_where_a_layer_has_several_widths(checkpoint, context,
     network = loaded(tmp_path / "per_layer")
     network.save_pretrained(tmp_path / "again")
     assert torch.equal(run(loaded(tmp_path / "again")), run(network))
+
+
+@pytest.mark.parametrize(("family", "widths"), [("qwen3_moe", "ragged"), ("gpt_oss", "per_layer")])
+def test_narrow_experts_are_packed(family, widths, checkpoint, context, tmp_path):
+    """Each weight is that of the dense model, rounded."""
+    narrow, _ = slim(checkpoint(family), context("narrow"), widths=widths, align=8, floor=8)
+    ctx = context("packed")
+    rtn(Rtn(bits=4, group_size=8), narrow, None, ctx)
+    packed = ctx.finish(narrow)
+    export(packed, tmp_path / "model")
+    network = loaded(tmp_path / "model")
+    here = run(load_model(packed))
+    assert (run(network) - here).abs().max() <= here.abs().max() / 256
+    assert (here - run(load_model(narrow))).abs().max() > 1e-3
+    assert expert_bytes(network) == expert_bytes(load_model(narrow))
+
+
+def test_an_empty_expert_cannot_be_packed(checkpoint, context):
+    narrow, kept = slim(checkpoint(), context("narrow"), widths="ragged")
+    assert kept["0"][0] == 0
+    with pytest.raises(StageFailed, match=r"`model.layers.0.mlp.experts.0.down_proj.weight` is empty") as caught:
+        rtn(Rtn(bits=4, group_size=4), narrow, None, context("packed"))
+    assert caught.value.hint == "write `floor: 1` in the `slim/...` stage above"
 
 
 def test_a_config_with_wrong_widths_says_so(checkpoint, context, tmp_path):

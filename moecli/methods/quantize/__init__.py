@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moecli.core.artifacts import BitPlan, Checkpoint, PartWriter
 from moecli.core.context import Context
-from moecli.core.errors import MoecliError, Problem
+from moecli.core.errors import MoecliError, Problem, StageFailed
 from moecli.core.model import ModelFacts, ModelSketch, PlannedBits, TensorSpec
 from moecli.core.stage import Options, RunSetting
 from moecli.families import ALIAS_KEY, FACTORED, FACTORED_HINT, WIDTHS_KEY, Linear, family_of, form_of, linears_of
@@ -302,5 +302,10 @@ def _batches(bits_of: Mapping[str, int], specs: Mapping[str, TensorSpec]) -> Ite
     for name, bits in bits_of.items():
         alike.setdefault((specs[name], bits), []).append(name)
     for (spec, bits), some in alike.items():
+        if not spec.numel:
+            raise StageFailed(
+                f"`{some[0]}` is empty: its expert has lost all channels",
+                hint="write `floor: 1` in the `slim/...` stage above",
+            )
         size = max(1, BATCH_ELEMENTS // spec.numel)
         yield from ((some[start : start + size], bits) for start in range(0, len(some), size))
