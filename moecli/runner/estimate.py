@@ -14,7 +14,7 @@ from typing import Any
 
 from moecli.core.artifacts import CalibrationStats, Evaluation
 from moecli.core.model import DTYPE_BYTES, ModelSketch
-from moecli.io.formats import packed_weights
+from moecli.io.formats import packed_weights, schemes_of, unpacked_spec
 from moecli.runner.plan import SOURCE, Plan, Step
 
 
@@ -43,13 +43,14 @@ def estimate(plan: Plan) -> Estimate:
     if not plan.source.specs:
         return Estimate(None, None, None, None, None)
     output = plan.sketch_of(plan.final)
+    output_bytes = output.bytes + (_dense_bytes(output) if plan.export == "research" else 0)
     written = [step.sketch.bytes for step in plan.steps if step.writes_weights]
     return Estimate(
         source_bytes=plan.source.bytes,
-        output_bytes=output.bytes,
+        output_bytes=output_bytes,
         source_parameters=plan.source.parameters,
         peak_memory_bytes=max((_memory(step, plan) for step in plan.steps), default=0),
-        disk_bytes=sum(written) + (output.bytes if plan.final != SOURCE else 0),
+        disk_bytes=sum(written) + (output_bytes if plan.final != SOURCE else 0),
         loaded_bytes=_loaded(plan),
     )
 
@@ -63,6 +64,12 @@ def _loaded(plan: Plan) -> int | None:
         index = plan.steps[index].inputs.get("model", SOURCE)
     sketch = plan.sketch_of(index)
     return None if packed_weights(sketch.specs) else sketch.bytes
+
+
+def _dense_bytes(sketch: ModelSketch) -> int:
+    """Bytes of the weights that are packed, written out."""
+    schemes = schemes_of(sketch.config)
+    return sum(unpacked_spec(name, sketch.specs, schemes).bytes for name in packed_weights(sketch.specs))
 
 
 def _memory(step: Step, plan: Plan) -> int:

@@ -35,7 +35,9 @@ from moecli.runner.report import (
     Verification,
     metric_rows,
 )
+from moecli.runner.report_words import bytes_text
 from moecli.runner.roofline import estimates
+from moecli.runner.sidecar import sidecar_bytes
 
 _PARTS: Mapping[str, Part] = {
     "expert": "experts",
@@ -50,6 +52,8 @@ def gather(execution: Execution) -> Report:
     plan, final = execution.plan, execution.plan.final
     origin = execution.origin
     rows, warnings = _metrics(execution)
+    if execution.exported.get("kind") == "research":
+        warnings.append(_not_smaller(execution.checkpoint(final)))
     env = environment(execution.device)
     return Report(
         name=plan.name or execution.run.path.name,
@@ -87,6 +91,16 @@ def _stage(outcome: Outcome) -> StageRecord:
         peak_gpu_bytes=manifest["peak_gpu_bytes"],
         notes=tuple(manifest["notes"]),
         papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", lookup.docstring(outcome.step.stage.name)))),
+    )
+
+
+def _not_smaller(checkpoint: Checkpoint) -> str:
+    """What a research export takes on disk, which is more than the report counts."""
+    dense = DenseView(checkpoint)
+    whole = sum(dense.spec(name).bytes for name in dense.names()) + sidecar_bytes(checkpoint)
+    return (
+        f"`model/` is a research export and no smaller on disk: it takes {bytes_text(whole)}, dense weights and what "
+        "they were packed to; sizes in this report are those of the packed model"
     )
 
 

@@ -61,10 +61,9 @@ def sidecar_problems(model_folder: Path | str, checkpoint: Checkpoint | None = N
     return problems + [f"`{name}` in `{FOLDER}/` differs from the stage that wrote it" for name in differ]
 
 
-def sidecar_bytes(model_folder: Path | str) -> int:
-    """Bytes of the packed tensors."""
-    packed = FolderCheckpoint(Path(model_folder) / FOLDER, facts_of)
-    return sum(packed.spec(name).bytes for name in packed.names())
+def sidecar_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the tensors that `packed/` holds for a checkpoint."""
+    return sum(checkpoint.spec(name).bytes for name in _stored(checkpoint))
 
 
 def _stored(checkpoint: Checkpoint) -> list[str]:
