@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,53 @@ def test_a_part_can_be_read_as_soon_as_it_is_written(
     with OverlayWriter(tmp_path / "o", source, None) as out:
         out.part("one", lambda part: part.put("x", torch.arange(3)))
         assert {name: value.tolist() for name, value in out.read_part("one").items()} == {"x": [0, 1, 2]}
+
+
+def test_parts_are_saved_side_by_side_but_not_all_at_once(
+    tmp_path: Path, source: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, now, most, lock = overlay_module._Part.save, 0, 0, threading.Lock()
+
+    def slowly(self: PartWriter, *where: object) -> None:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.1)
+        save(self, *where)  # type: ignore[arg-type]
+        with lock:
+            now -= 1
+
+    monkeypatch.setattr(overlay_module._Part, "save", slowly)
+    seen: list[int] = []
+    with OverlayWriter(tmp_path / "o", source, None) as out:
+        for index in range(6):
+
+            def write(part: PartWriter, index: int = index) -> None:
+                seen.append(len(out._saving))
+                part.put(f"x{index}", torch.tensor([index]))
+
+            out.part(f"part-{index}", write)
+    assert most == overlay_module.SAVERS and max(seen) == overlay_module.SAVERS
+    assert [out.checkpoint.get(f"x{index}").item() for index in range(6)] == list(range(6))
+
+
+def test_a_part_that_could_not_be_saved_is_told_soon(
+    tmp_path: Path, source: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: PartWriter, folder: Path, name: str) -> None:
+        raise SurroundingsError("no space left")
+
+    monkeypatch.setattr(overlay_module._Part, "save", fails)
+    made = 0
+    with (
+        pytest.raises(SurroundingsError, match="no space left"),
+        OverlayWriter(tmp_path / "o", source, None) as out,
+    ):
+        for index in range(9):
+            out.part(f"part-{index}", lambda part: part.put("x", ONE.clone()))
+            made += 1
+    assert made <= overlay_module.SAVERS
+    assert not (tmp_path / "o" / "overlay.json").exists()
 
 
 def test_a_part_whose_record_is_missing_is_made_again(tmp_path: Path, source: FolderCheckpoint) -> None:
