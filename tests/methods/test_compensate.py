@@ -1,9 +1,12 @@
 """Corrections of compressed weights: against the closed form on hooked inputs, both forms, any compressed layer."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from moecli.core.artifacts import BitPlan
 from moecli.core.errors import MoecliError, StageFailed
 from moecli.families import FAMILIES, adapter, family_of, linears_of
 from moecli.io.formats import DenseView, corrected_weights, factor_names, packed_names, packed_weights
@@ -13,7 +16,8 @@ from moecli.methods.compensate.lqer import Lqer, lqer
 from moecli.methods.compensate.slim import Slim, slim
 from moecli.methods.quantize.rtn import Rtn, rtn
 from moecli.ops.correction import pooled
-from moecli.runner.open import sketch_of
+from moecli.runner.execute import run as run_plan
+from moecli.runner.open import open_recipe, sketch_of
 from tests.methods.test_gptq import hooked, text_for
 
 ALL = ("experts", "shared", "attention")
@@ -294,3 +298,75 @@ def test_an_unchanged_model_is_said_to_be_so(checkpoint, context):
     model = checkpoint()
     _, ctx, _ = corrected_model(model, model, context, form="merged")
     assert any("nothing to correct" in note for note in ctx.notes)
+
+
+def test_experts_with_bits_of_their_own_are_corrected_in_their_own_grid(checkpoint, context):
+    model = checkpoint()
+    experts, layers = model.facts.experts, model.facts.moe_layers
+    plan = BitPlan({layer: torch.tensor([(2, 4) if e % 2 else (3, 3) for e in range(experts)]) for layer in layers})
+    ctx, opt = context("mixed"), Rtn(bits=3, group_size=8)
+    rtn(opt, model, plan, ctx)
+    compressed = ctx.finish(model)
+    whole, *_ = corrected_model(compressed, model, context, "slim", name="whole", rank=1000, form="merged")
+    found, *_ = corrected_model(compressed, model, context, "slim", name="some")
+    family = family_of(model.config)
+    for expert, bits in ((0, 3), (1, 2)):
+        name = family.expert_names(0, expert)[0]
+        a, b = (found.get(factor).float() for factor in factor_names(name))
+        scale = found.get(packed_names(name).scale)[..., None]
+        codes = ((DenseView(found).get(name) - b @ a).unflatten(-1, (-1, 8)) / scale).flatten(-2)
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert -(2 ** (bits - 1)) <= codes.round().min() and codes.round().max() < 2 ** (bits - 1)
+        torch.testing.assert_close(whole.get(name), model.get(name), rtol=1e-4, atol=1e-5)
+
+
+def recipe(tmp_path, tiny_model, correct):
+    rows = [" ".join(["cat", "dog", "eel", "fox"][(i * j) % 4] for j in range(60)) for i in range(1, 20)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    text = str(tmp_path / "text.jsonl")
+    stages = [
+        {"run": "calibrate/statistics", "with": {"dataset": text, "samples": 4, "tokens_per_sample": 32}},
+        {"run": "prune/frequency", "id": "pruned", "with": {"keep": 4}},
+        {"run": "quantize/rtn", "with": {"bits": 3, "group_size": 16}},
+        {"run": "eval/perplexity", "id": "rounded", "with": {"dataset": text, "window": 32}},
+        {"run": "compensate/eora", "with": {"rank": 6, "scope": ["experts", "attention"]}} | correct,
+        {"run": "eval/fidelity", "with": {"dataset": text, "window": 32}, "use": {"source": "pruned"}},
+    ]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"recipe": 1, "model": str(tiny_model("qwen3_moe")), "stages": stages}))
+    return open_recipe(path)
+
+
+def test_a_recipe_corrects_a_pruned_and_rounded_model(tiny_model, tmp_path):
+    """The pruned model is what was lost from; evaluations see the correction, the export has it beside the weights."""
+    result = run_plan(recipe(tmp_path, tiny_model, {"use": {"source": "pruned"}}), tmp_path / "run")
+    assert result.report.verification.status == "passed"
+    checks = {check.name: check for check in result.report.verification.checks}
+    assert checks["adapter"].passed
+    assert (tmp_path / "run" / "model" / "adapter" / "adapter_model.safetensors").is_file()
+    folder = sum(f.stat().st_size for f in (tmp_path / "run" / "model").rglob("*.safetensors"))
+    assert abs(result.report.size.after.bytes - folder) < 0.1 * folder
+    notes = [note for stage in result.report.stages for note in stage.notes]
+    assert any("a correction of rank 6" in note for note in notes)
+
+
+def test_without_it_the_recipe_says_which_line_is_missing(tiny_model, tmp_path):
+    with pytest.raises(StageFailed, match="the source has 8 experts, the compressed model 4") as caught:
+        run_plan(recipe(tmp_path, tiny_model, {}), tmp_path / "run")
+    assert "use: {source: ID}" in caught.value.hint
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4"])
+def test_small_floats_are_corrected_and_not_rounded_again(format, checkpoint, context):
+    model = checkpoint(dtype="bfloat16")
+    ctx, opt = context("floats"), Rtn(format=format)
+    rtn(opt, model, None, ctx)
+    compressed, planned = ctx.finish(model), opt.forecast(sketch_of(model))
+    for form in ("adapter", "merged"):
+        found, ctx, used = corrected_model(compressed, model, context, name=form, form=form)
+        errors = ctx.records["output_error"]
+        assert all(0 < layer["experts"]["after"] < layer["experts"]["before"] for layer in errors.values())
+        assert used.forecast(planned).specs == {n: found.spec(n) for n in found.names()}
+    with pytest.raises(StageFailed, match="only integers are rounded again") as caught:
+        corrected_model(compressed, model, context, "slim", name="slim")
+    assert caught.value.hint == "write `renew: false`"

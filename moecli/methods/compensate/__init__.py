@@ -46,8 +46,10 @@ from moecli.io.formats import (
     DenseView,
     corrected_weights,
     factor_names,
+    format_of,
     packed_names,
     packed_weights,
+    parts_of,
     schemes_of,
     unpacked_spec,
 )
@@ -96,12 +98,13 @@ class Compensate(Options):
         specs, schemes = dict(model.specs), schemes_of(model.config)
         packed = packed_weights(specs)
         # What a weight is called decides its role; its shape is known once its packed form is read.
-        names = {**specs, **{name: specs[packed_names(name).packed] for name in packed}}
+        names = {**specs, **{name: specs[parts_of(name, specs)[0]] for name in packed}}
         linears = {linear.name: linear for linear in linears_of(model.config, names)}
         dense = {name: unpacked_spec(name, specs, schemes, linears[name].transposed) for name in packed}
+        dense |= {n: replace(dense[n], dtype=model.facts.dtype) for n in packed if format_of(n, specs) == "mxfp4"}
         if self.form == "merged":
             for name in packed:
-                for part in packed_names(name):
+                for part in parts_of(name, model.specs):
                     del specs[part]
             config = {key: value for key, value in model.config.items() if key != "quantization_config"}
             facts = replace(model.facts, quantized=None)
@@ -156,6 +159,7 @@ def compensate(
     linears = linears_of(dense.config, specs)
     chosen = opt.chosen(linears, packed)
     _refuse_others(before, dense, chosen)
+    _refuse_other_forms(model, chosen, packed, renew)
     merged = opt.form == "merged"
     if not merged:
         for linear in chosen:
@@ -260,6 +264,22 @@ def _refuse_others(before: DenseView, after: DenseView, chosen: Sequence[Linear]
         if there != here:
             message = f"`{name}` is {there} in the source and {here} in the compressed model"
             raise StageFailed(message, where=f"layer {linear.layer}", hint=hint)
+
+
+def _refuse_other_forms(model: Checkpoint, chosen: Sequence[Linear], packed: set[str], renew: bool) -> None:
+    """StageFailed where weights are stored in a form that cannot be corrected like this."""
+    specs = {name: model.spec(name) for name in model.names()}
+    for linear in chosen:
+        if linear.name not in packed and linear.name not in specs:
+            raise StageFailed(
+                f"`{linear.name}` is stored as factors, which are not corrected", where=f"layer {linear.layer}",
+                hint="quantize the model first, or leave this stage out",
+            )  # fmt: skip
+        if renew and linear.name in packed and format_of(linear.name, specs) != "int":
+            raise StageFailed(
+                f"`{linear.name}` is packed as small floats; only integers are rounded again",
+                where=f"layer {linear.layer}", hint="write `renew: false`",
+            )  # fmt: skip
 
 
 class _Stack(NamedTuple):
@@ -429,9 +449,11 @@ class _Layer:
     def put(self, part: PartWriter, packed: Sequence[Linear]) -> None:
         """Write the layer; `packed` are all weights of it that are packed."""
         if self._opt.form == "merged":
+            specs = {name: self._model.spec(name) for name in self._model.names()}
             for linear in packed:
-                for name in packed_names(linear.name):
-                    part.drop(name, "written dense, with its correction")
+                for name in parts_of(linear.name, specs):
+                    if name != linear.name:
+                        part.drop(name, "written dense, with its correction")
                 if linear.name not in self._written:
                     part.put(linear.name, self._layer.tensor(linear.name))
         for name, value in self._written.items():
