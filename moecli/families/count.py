@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import takewhile
+from statistics import fmean
 from typing import Any
 
 from moecli.core.errors import SurroundingsError
@@ -108,11 +109,16 @@ class _Counter:
         )
 
     def _expert(self, index: int, mine: Mapping[str, Linear]) -> tuple[Matrix, ...]:
-        """Of the first expert; a stacked gate and up is one matrix."""
+        """Of the first expert, or the mean of all where they differ in width; a stacked gate and up is one matrix."""
         if index not in self._family.facts.moe_layers:
             return ()
-        names = self._family.layout(self._shapes, index).names_of(0)
-        return tuple(self.matrix(name) for name in names if name in mine)
+        form, widths = self._family.layout(self._shapes, index), self._family.widths_in(index)
+        experts = range(len(widths)) if len(set(widths)) > 1 else (0,)
+        found = [[self.matrix(name) for name in form.names_of(expert) if name in mine] for expert in experts]
+        return tuple(
+            Matrix(*(round(fmean(sizes)) for sizes in (inputs, outputs)), fmean(taken))
+            for inputs, outputs, taken in (zip(*alike, strict=True) for alike in zip(*found, strict=True))
+        )
 
     def _window(self, index: int) -> int | None:
         kinds = self._family.config.get("layer_types") or []

@@ -57,9 +57,8 @@ def ragged_class(base: type[nn.Module]) -> type[nn.Module]:
         if hasattr(self, "alias_map"):
             index_Tk = self.alias_map[index_Tk]
         groups = width_groups(self.widths)
-        rank_E = _ranks(self, groups, hidden_TD.device)
+        rank_E, ends = _places(self, groups, hidden_TD.device)
         rank_S, order_S = rank_E[index_Tk.flatten()].sort(stable=True)
-        ends = torch.tensor([len(members) for _, members in groups], device=hidden_TD.device).cumsum(0)
         stops = torch.searchsorted(rank_S, ends).tolist()  # the one wait for the device
         out_SD = hidden_TD.new_zeros(index_Tk.numel(), hidden_TD.shape[-1])
         start = first = 0
@@ -77,14 +76,15 @@ def ragged_class(base: type[nn.Module]) -> type[nn.Module]:
     return type("Ragged" + base.__name__, (base,), {"forward": forward, "stock": stock})
 
 
-def _ranks(experts: nn.Module, groups: list[tuple[int, list[int]]], device: torch.device) -> Tensor:
-    """Place of each expert among all, group after group; those without channels come last."""
-    known = experts.__dict__.setdefault("_rank_on", {})
+def _places(experts: nn.Module, groups: list[tuple[int, list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Place of each expert among all, group after group, those without channels last; and where each group ends."""
+    known = experts.__dict__.setdefault("_places_on", {})
     if device not in known:
         order = [expert for _, members in groups for expert in members]
         rank_E = torch.full((len(experts.widths),), len(order))
         rank_E[order] = torch.arange(len(order))
-        known[device] = rank_E.to(device)
+        ends = torch.tensor([len(members) for _, members in groups], dtype=torch.int64).cumsum(0)
+        known[device] = rank_E.to(device), ends.to(device)
     return known[device]
 
 

@@ -505,6 +505,11 @@ def test_problems(checkpoint):
     assert told(align=8, floor=17) == [("floor", "lower `ratio`, or write `floor: 16` or less")]
 
 
+def test_scores_that_cannot_be_added_up_choose_no_width_of_a_layer(checkpoint):
+    (problem,) = MoeSlimming(ratio=0.5, scope="global", widths="per_layer", **FINE).problems(checkpoint().facts)
+    assert (problem.option, problem.hint) == ("widths", "write `widths: ragged`")
+
+
 def test_an_alignment_under_which_nothing_stays(checkpoint):
     """8 experts of 32 channels, 3 % of them left: not one block of 16."""
     (problem,) = Heapr(ratio=0.97, align=16, scope="layer", widths="ragged").problems(checkpoint().facts)

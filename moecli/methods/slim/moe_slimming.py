@@ -20,13 +20,15 @@ Source: arXiv 2606.18304.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from moecli.core.artifacts import CalibrationStats, Checkpoint, LayerStats
 from moecli.core.context import Context
+from moecli.core.errors import Problem
+from moecli.core.model import ModelFacts
 from moecli.core.stage import stage
 from moecli.methods.slim import Slim, drop_channels, reads, scored
 from moecli.ops.channels import budgeted, coverage_scores
@@ -36,6 +38,12 @@ SMOOTHINGS = 4
 
 class MoeSlimming(Slim):
     """Options of `slim/moe-slimming`."""
+
+    def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        yield from super().problems(model)
+        if self.widths == "per_layer":
+            yield Problem("widths", "the scores are an order of channels, and `per_layer` adds amounts up over experts",
+                          hint="write `widths: ragged`")  # fmt: skip
 
 
 @stage("slim/moe-slimming", version=1, needs=reads("h2", "share"))
