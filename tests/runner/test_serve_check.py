@@ -60,3 +60,16 @@ def test_a_package_that_cannot_be_had_is_skipped_with_its_reason(serve_check, tm
 def test_a_folder_without_a_model_is_refused(serve_check, tmp_path, capsys):
     assert serve_check.main([str(tmp_path)]) == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_the_first_exception_is_the_reason(serve_check):
+    output = """INFO starting
+(Worker pid=17) ERROR 11-22 23:35:13 [multiproc_executor.py:953] Traceback (most recent call last):
+(Worker pid=17) ERROR 11-22 23:35:13 [multiproc_executor.py:953]   File "a.py", line 3, in f
+(Worker pid=17) ERROR 11-22 23:35:13 [multiproc_executor.py:953] ValueError: Failed to find a kernel. Reasons:
+(Worker pid=17) ERROR 11-22 23:35:13 [multiproc_executor.py:953]  OneKernel cannot: 3 bits
+(EngineCore pid=9) ERROR 11-22 23:35:19 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=9) ERROR 11-22 23:35:19 [core.py:1510] Exception: WorkerProc initialization failed
+RuntimeError: Engine core initialization failed."""
+    assert serve_check.cause(output) == "ValueError: Failed to find a kernel. Reasons: OneKernel cannot: 3 bits"
+    assert serve_check.cause("INFO starting\nINFO done") is None
