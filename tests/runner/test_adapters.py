@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moecli.core.artifacts import CalibrationText
+from moecli.core.artifacts import BitPlan, CalibrationText
 from moecli.families import adapter, facts_of
 from moecli.io.formats import DenseView, corrected_weights, factor_names, packed_weights
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
@@ -15,7 +15,7 @@ from moecli.io.reader import FolderCheckpoint
 from moecli.methods.quantize.rtn import Rtn, rtn
 from moecli.ops.correction import correction
 from moecli.runner.adapters import CONFIG, FOLDER, WEIGHTS
-from moecli.runner.export import export
+from moecli.runner.export import choose, export
 from moecli.runner.gather import size_of
 from moecli.runner.verify import verify
 from tests.methods.conftest import HandContext
@@ -25,10 +25,10 @@ from tests.methods.conftest import HandContext
 def corrected_model(tiny_model, tmp_path):
     """`corrected_model(roles)`: a rounded model with factors of rank 4 beside its weights of these roles."""
 
-    def make(roles, model_type="qwen3_moe"):
-        source = FolderCheckpoint(tiny_model(model_type), facts_of)
+    def make(roles, plan=None):
+        source = FolderCheckpoint(tiny_model("qwen3_moe"), facts_of)
         ctx = HandContext(tmp_path / "stages" / "quantize-rtn" / "0")
-        rtn(Rtn(bits=3, group_size=16), source, None, ctx)
+        rtn(Rtn(bits=3, group_size=16), source, plan, ctx)
         packed = ctx.finish(source)
         names = [x.name for x in adapter.family_of(source.config).linears(source) if x.role in roles]
         dense = DenseView(packed)
@@ -99,6 +99,16 @@ def test_expanded_weights_have_the_correction_in_them(corrected_model, tmp_path)
     dense = DenseView(model)
     assert all(torch.equal(folder.get(name), dense.get(name)) for name in dense.names())
     assert verify(tmp_path / "model", model, kind="expanded").status == "passed"
+
+
+def test_the_compact_form_has_its_factors_beside_it_too(corrected_model, tmp_path):
+    """Experts of different bits."""
+    plan = BitPlan({layer: torch.tensor([[2, 2], [4, 4]] * 4) for layer in (0, 1)})
+    model, _ = corrected_model(("expert",), plan)
+    assert choose(model) == "compact"
+    export(model, tmp_path / "model")
+    assert verify(tmp_path / "model", model, free_bytes=0).problems == ()
+    assert len(load_file(tmp_path / "model" / FOLDER / WEIGHTS)) == 2 * len(corrected_weights(model.names()))
 
 
 def test_peft_computes_what_moecli_computes(corrected_model, tmp_path):
