@@ -79,7 +79,9 @@ def test_packed_models_pass_with_a_difference_of_zero(merge_first, tiny_model, t
     assert found.problems == ()
     assert detail(found, "logits").startswith("largest difference 0, allowed 0.0")
     assert found.accounting["model.layers.0.self_attn.q_proj.weight"] == "dropped: packed to 4 bits"
-    assert results(verify_folder(tmp_path / "model")) == dict.fromkeys(("shapes", "packing", "reload", "logits"), "passed")
+    assert results(verify_folder(tmp_path / "model")) == dict.fromkeys(
+        ("shapes", "packing", "reload", "logits"), "passed"
+    )
 
 
 def test_accounting_says_what_became_of_each_tensor(tiny_model, tmp_path):
@@ -230,3 +232,42 @@ def test_the_fixed_tokens_are_the_same_everywhere():
 
 def test_free_memory_is_a_positive_number_of_bytes():
     assert 2**20 < verification.available_bytes() < 2**50
+
+
+PACKED = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("scale", lambda t: t.index_fill(1, torch.tensor([2]), 0.0), "has values that are not finite or are zero"),
+        ("scale", lambda t: t * float("nan"), "has values that are not finite or are zero"),
+        ("scale", lambda t: t[:, :3].contiguous(), "of [32, 64] has 3 scales a row"),
+        ("packed", lambda t: t[:, :-1].contiguous(), "of [32, 64] needs 8 words a row at 4 bits, it has 7"),
+        ("packed", lambda t: t[:-1].contiguous(), "of [32, 64] has words for 31 rows"),
+    ],
+    ids=["zero scale", "nan scale", "too few scales", "too few words", "too few rows"],
+)
+def test_packed_parts_that_do_not_go_together_are_named(part, value, said, tiny_model, tmp_path):
+    chain = quantized(opened(tiny_model("qwen3_moe", dtype="bfloat16")), tmp_path / "quantized")
+    export(chain, tmp_path / "model")
+    assert results(verify_folder(tmp_path / "model", free_bytes=NO_MEMORY))["packing"] == "passed"
+    change(tmp_path / "model", f"{PACKED}_{part}", value(chain.get(f"{PACKED}_{part}")))
+    found = verify_folder(tmp_path / "model", free_bytes=NO_MEMORY)
+    assert results(found)["packing"] == "failed"
+    assert found.problems == (f"`{PACKED}{'_scale' if 'values' in said else ''}` {said}",)
+
+
+def test_a_mix_that_stock_transformers_misreads_does_not_verify(tiny_model, tmp_path):
+    """However it came to be written."""
+    from moecli.io.writer import export_folder
+
+    chain = quantized(opened(tiny_model("qwen3_moe")), tmp_path / "quantized", 4, per_layer={1: 8})
+    export_folder(chain, tmp_path / "stock")
+    (problem,) = verify_folder(tmp_path / "stock", free_bytes=NO_MEMORY).problems
+    assert problem == (
+        "experts are packed to 4 and 8 bits in groups of 16, which differ by layer, and transformers reads one packing "
+        "for all experts and says so only where shapes disagree"
+    )
+    export(chain, tmp_path / "compact", "compact")
+    assert verify_folder(tmp_path / "compact", free_bytes=NO_MEMORY).problems == ()
