@@ -50,6 +50,16 @@ def dense_names(entry: Mapping[str, Any], name: str) -> list[str]:
     return [f"{entry['prefix']}.{expert}.{name}.weight" for expert in range(entry["experts"])]
 
 
+def stands_for(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{factor tensor: the weights that it stands for with others} of a config.json; empty without factors."""
+    return {
+        tensor: dense_names(entry, found["name"])
+        for entry in (config.get(FACTORS_KEY) or {}).values()
+        for found in entry["projections"]
+        for tensor in factor_tensors(entry, found["name"]).values()
+    }
+
+
 def factor_specs(specs: Mapping[str, TensorSpec], entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """The specs of a model with a layer's weights replaced by factors, in the weights' dtype."""
     new = dict(specs)

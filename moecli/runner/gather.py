@@ -13,6 +13,7 @@ from moecli import __version__
 from moecli.core.artifacts import CalibrationStats, Checkpoint, Evaluation, ExpertPlan
 from moecli.core.model import ModelFacts
 from moecli.families import Linear, linears_of
+from moecli.io.factors import stands_for
 from moecli.io.formats import DenseView
 from moecli.runner import lookup
 from moecli.runner.compare import pair
@@ -111,10 +112,14 @@ def size_of(checkpoint: Checkpoint) -> SizeSide:
     roles = {linear.name: linear for linear in linears_of(checkpoint.config, specs)}
     stored = {name: checkpoint.spec(name).bytes for name in checkpoint.names()}
     by_part: Counter[Part] = Counter()
+    factors = stands_for(checkpoint.config)
     for name, size in stored.items():
-        by_part[_part(name, roles)] += size
+        by_part[_part(factors[name][0] if name in factors else name, roles)] += size
+    replaced = {weight for some in factors.values() for weight in some}
+    specs = {name: spec for name, spec in specs.items() if name not in replaced}
+    specs |= {name: checkpoint.spec(name) for name in factors}
     facts = checkpoint.facts
-    maps = sum(spec.numel for name, spec in specs.items() if name.endswith(".alias_map"))
+    maps = sum(spec.numel for name, spec in specs.items() if name.endswith(".alias_map") or ".rows_at." in name)
     return SizeSide(
         bytes=sum(stored.values()),
         parameters=sum(spec.numel for spec in specs.values()) - maps,

@@ -296,8 +296,13 @@ def test_a_recipe_exports_factors_that_load(method, family, tiny_model, tmp_path
     assert result.report.verification.checks[-1].detail.startswith("largest difference 0,")
     config = json.loads((result.model / "config.json").read_text())
     assert len(config[FACTORS_KEY]) == 2
-    size = result.report.size
+    size, options = result.report.size, {"mc-smoe-second": 6 * (D + F) / (D * F) + 0.2}
     assert size.after.bytes < size.before.bytes
+    for before, after in (
+        (size.before.by_part["experts"], size.after.by_part["experts"]),
+        (3 * 2 * E * D * F, 3 * 2 * E * D * F - size.before.parameters + size.after.parameters),
+    ):
+        assert 0.4 < after / before <= options.get(method, 0.5) + 0.02
 
 
 def test_merged_experts_become_factors(tiny_model, tmp_path):
