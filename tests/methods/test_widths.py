@@ -1,4 +1,11 @@
-"""Experts of different widths: what is written loads, and computes what zeros in the same places compute."""
+"""Experts of different widths: what is written loads, and computes what zeros in the same places compute.
+
+Where the oracles of channel pruning are shown: masking and slicing give the same logits, and so do padded and narrow
+experts (`test_narrow_experts_compute_what_zeros_compute`, and for one width test_slim's
+`test_zeros_and_narrow_tensors_compute_the_same`); keeping all is no change (`test_all_channels_kept_is_the_model`);
+HEAPr's vectors against its matrices (test_slim's `test_heapr_is_the_definition`); budgets against brute force
+(tests/ops/test_channels.py); factors of full rank (tests/methods/test_low_rank.py).
+"""
 
 from __future__ import annotations
 

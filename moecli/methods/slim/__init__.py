@@ -12,6 +12,9 @@ Shared experts and dense layers are left alone. What is written:
 * `widths: pad`: any number a layer or an expert; what goes is set to zero and the shapes stay: loads everywhere and
   computes exactly what the narrower experts would, but takes no byte less.
 
+Which channels stay is decided here and not by a stage of its own: it needs every channel's score and nothing else, and
+`ops.channels.keep_channels` makes it the best choice under `align`, `floor`, `ceiling`, `layer_floor` and `protect`.
+
 `repair: least_squares` then refits `down` on the calibration tokens, in closed form (`ops.channels.refit_down`): the
 kept channels take over what the dropped ones contributed, as far as they are correlated. Its Gram counts each token by
 the square of the weight that the model multiplies the expert's output with, so what is fitted is the layer's output.
