@@ -89,6 +89,9 @@ def test_factors_are_the_closed_form_on_the_inputs_that_really_come(checkpoint, 
         name = f"model.layers.{layer}.self_attn.{part}_proj"
         x = seen[name].flatten(0, 1).double()
         same(found, view, model, f"{name}.weight", x.T @ x)
+    behind = hooked(adapter.load_model(found, "cpu", torch.float32), text.ids)["model.layers.1.self_attn.q_proj"]
+    x = behind.flatten(0, 1).double()  # what a corrected first layer makes
+    same(found, view, model, "model.layers.1.self_attn.q_proj.weight", x.T @ x)
     total = sum((np.array(list(c.values())).sum() for c in ctx.records["classes"].values()), 0)
     assert total == len(model.facts.moe_layers) * (3 * model.facts.experts + 4)
 

@@ -3,8 +3,8 @@
 G = mean of x x^T over a weight's inputs, each expert's over its own tokens; B A is the best of rank r for
 tr((dW - B A) G (dW - B A)^T). Published code takes a running mean that forgets, and adds to eigenvalues that are 0
 before it divides by them: here the mean is a plain one, and nothing is divided. Text of the task at hand in place of
-general text makes it an adaptation to the task: say so beside such numbers. Options and what is written, all methods of
-the kind have in common: `moecli methods compensate/slim`.
+general text makes it an adaptation to the task: say so beside such numbers. Below a `prune/...` stage write
+`use: {source: ID}` with its `id`: what was lost is what the pruned model had.
 
 Source: arXiv 2410.21271.
 
