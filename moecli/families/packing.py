@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families.family import Family, family_of
-from moecli.io.formats import Group, packed_names, packed_weights, scheme_of, schemes_of
+from moecli.io.formats import Group, Schemes, packed_names, packed_weights, scheme_of, schemes_of
 from moecli.io.servable import CHANNEL, Form, Mix
 
 DENSE = Group((), 16, CHANNEL)
@@ -44,7 +44,7 @@ def form_of(model: ModelSketch) -> Form | None:
 
 
 def _layer(
-    family: Family, layer: int, specs: Mapping[str, TensorSpec], packed: set[str], schemes: list[Group]
+    family: Family, layer: int, specs: Mapping[str, TensorSpec], packed: set[str], schemes: Schemes
 ) -> list[list[Group]]:
     """[expert][projection], without the targets."""
     form = family.layout(specs, layer)
@@ -52,7 +52,7 @@ def _layer(
     return [[_bare(name, packed, schemes) for name in row if not name.endswith("bias")] for row in names]
 
 
-def _bare(name: str, packed: set[str], schemes: list[Group]) -> Group:
+def _bare(name: str, packed: set[str], schemes: Schemes) -> Group:
     return scheme_of(name, schemes)._replace(targets=()) if name in packed else DENSE
 
 

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moecli.core.artifacts import Checkpoint, PartWriter
@@ -191,7 +192,7 @@ def float_specs(weight_name: str, spec: TensorSpec, format: Format) -> dict[str,
 
 
 def unpacked_spec(
-    weight_name: str, specs: Mapping[str, TensorSpec], schemes: Sequence[Group], transposed: bool = False
+    weight_name: str, specs: Mapping[str, TensorSpec], schemes: Schemes, transposed: bool = False
 ) -> TensorSpec:
     """Inverse of `packed_specs` and `float_specs`: the weight, from the specs of what stands on disk and the config's
     schemes. MXFP4 does not say its dtype: bfloat16, which stock loaders read it as.
@@ -435,30 +436,49 @@ def _unwrapped(config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | No
     return config.get("packed"), config.get("guard")
 
 
-def scheme_of(name: str, schemes: Sequence[Group]) -> Group:
+class Schemes(tuple[Group, ...]):
+    """The groups of a config.json. A mix of bits names each expert's weights, so names are looked up, not searched."""
+
+    def named(self, module: str) -> Group | None:
+        """The first group with exactly this target."""
+        return self._named.get(module)
+
+    @cached_property
+    def others(self) -> list[tuple[str, Group]]:
+        """Targets that stand for several modules."""
+        return [(t, group) for group in self for t in group.targets if t == "Linear" or t.startswith("re:")]
+
+    @cached_property
+    def _named(self) -> dict[str, Group]:
+        return {target: group for group in reversed(self) for target in group.targets}
+
+
+def scheme_of(name: str, schemes: Schemes) -> Group:
     """How a packed weight is packed: the group that names it, else one whose pattern does, else its class's.
 
     SurroundingsError when there is none.
     """
     module = name.removesuffix(".weight")
-    for matches in (_matches_exactly, _matches_pattern, _matches_class):
-        for group in schemes:
-            if any(matches(module, target) for target in group.targets):
+    if group := schemes.named(module):
+        return group
+    for matches in (_matches_pattern, _matches_class):
+        for target, group in schemes.others:
+            if matches(module, target):
                 return group
     raise SurroundingsError(f"`{name}` is packed, but no config group of `quantization_config` covers it")
 
 
-def schemes_of(model_config: Mapping[str, Any]) -> list[Group]:
+def schemes_of(model_config: Mapping[str, Any]) -> Schemes:
     """The groups in a config.json, a compact export's too; none for an unquantized model.
 
     SurroundingsError when it is quantized in a way that DenseView does not know.
     """
     config = _unwrapped(model_config.get("quantization_config"))[0]
     if config is None:
-        return []
+        return Schemes()
     if config.get("quant_method") != METHOD:
         raise SurroundingsError(f"weights quantized by `{config.get('quant_method')}` cannot be read as dense ones")
-    return list(_read_groups(config))
+    return Schemes(_read_groups(config))
 
 
 def _read_groups(config: Mapping[str, Any]) -> Iterator[Group]:
@@ -489,10 +509,6 @@ def _format(weights: Mapping[str, Any], layout: str | None) -> Format | None:
     if layout == LAYOUTS["fp8"] and kind == ("float", 8, "block", True) and weights.get("block_structure") == whole:
         return "fp8_block"
     return None
-
-
-def _matches_exactly(module: str, target: str) -> bool:
-    return module == target
 
 
 def _matches_pattern(module: str, target: str) -> bool:
