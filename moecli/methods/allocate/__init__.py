@@ -63,7 +63,9 @@ class Allocate(Options):
     """`upper_two`: in every layer one expert or more at the largest of `bits` and one at the next."""
     servable: Literal["research", "vllm", "hf"] = "research"
     """`research`: any mix. `vllm`: one number of bits a layer, 4 or 8, as vLLM's fused experts want it. `hf`: one for
-    all experts of the model. A mix is exported as `compact` in any case, for stock transformers reads it wrongly."""
+    all experts of the model. A mix of layers is exported as `compact` all the same, for stock transformers would read
+    the folder that vLLM reads wrongly; who asks the `quantize/...` stage for `servable: vllm` as well gets one number
+    of bits only."""
     solver: Literal["dp", "milp", "greedy"] = "dp"
     """`dp` and `milp` (HiGHS) are exact, `greedy` walks convex hulls and says how far from the best it may be."""
 
