@@ -273,35 +273,34 @@ class _Layer:
         """The scales [E, C] of least error, for each row of `size_EC` by itself; a single row is for all matrices.
         Squared errors of plain rounding and with them.
         """
-        best = least = first = None
-        for scale_EC in candidates(size_EC, weight_EC):
-            loss_E = sum(self._loss_of(fed, scale_EC) for fed in matrices)
-            if least is None:
-                best, least, first = scale_EC, loss_E, loss_E
-            better_E = loss_E < least
-            best, least = torch.where(better_E[:, None], scale_EC, best), torch.where(better_E, loss_E, least)
-        return best, (float(first.sum()), float(least.sum()))
+        scales_QEC = torch.stack(list(candidates(size_EC, weight_EC)))
+        loss_QE = sum(self._losses(fed, scales_QEC) for fed in matrices)
+        least_E, best_E = loss_QE.min(0)
+        chosen_EC = scales_QEC[best_E, torch.arange(len(best_E), device=best_E.device)]
+        return chosen_EC, (float(loss_QE[0].sum()), float(least_E.sum()))
 
-    def _loss_of(self, fed: _Fed, scale_EC: Tensor) -> Tensor:
-        """Squared output error of the matrices, [E], or [1] where all have the same scales."""
+    def _losses(self, fed: _Fed, scales_QEC: Tensor) -> Tensor:
+        """Squared output errors with each candidate, [Q, E], or [Q, 1] where all matrices have the same scales."""
         count, columns = fed.gram_ECC.shape[:2]
         bits_E = [self._bits[name] for name in fed.names] * (count // len(fed.names))
         step = max(1, SLAB_BYTES // (32 * columns * max(columns, *self._specs[fed.names[0]].shape)))
         pieces = []
         for start in range(0, count, step):
             some = slice(start, start + step)
-            weight_ERC = self._values(fed, some)
-            scales = scale_EC.expand(count, -1)[some].to(weight_ERC.device)
-            left_ERC = torch.empty_like(weight_ERC, dtype=torch.float32)
-            for bits in set(bits_E[some]):  # experts may have bits of their own
-                at = [i for i, mine in enumerate(bits_E[some]) if mine == bits]
-                kept = (
-                    weight_ERC[at] if bits == KEPT else rounded(weight_ERC[at], scales[at], bits, self._opt.group_size)
-                )
-                left_ERC[at] = kept.float() - weight_ERC[at].float()
-            pieces.append(output_energy(left_ERC, fed.gram_ECC[some]))
-        loss_E = torch.cat(pieces)
-        return loss_E.sum(0, keepdim=True) if len(scale_EC) == 1 else loss_E
+            weight_ERC, gram_ECC = self._values(fed, some), fed.gram_ECC[some]
+            widths = {bits: [i for i, own in enumerate(bits_E[some]) if own == bits] for bits in set(bits_E[some])}
+            each = []
+            for scale_EC in scales_QEC:
+                scale_EC = scale_EC.expand(count, -1)[some]
+                lost_ERC = torch.zeros_like(weight_ERC, dtype=torch.float32)
+                for bits, at in widths.items():  # experts may have bits of their own
+                    if bits != KEPT:
+                        left = rounded(weight_ERC[at], scale_EC[at], bits, self._opt.group_size)
+                        lost_ERC[at] = left.float() - weight_ERC[at].float()
+                each.append(output_energy(lost_ERC, gram_ECC))
+            pieces.append(torch.stack(each))
+        loss_QE = torch.cat(pieces, 1)
+        return loss_QE.sum(1, keepdim=True) if scales_QEC.shape[1] == 1 else loss_QE
 
     def _sizes(self, fed: _Fed) -> Tensor:
         """[E, C]"""
