@@ -15,7 +15,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -195,7 +196,8 @@ def write_tensors(
     get: Callable[[str], Tensor],
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Written:
-    """A safetensors file, atomically and durably; one tensor at a time is asked of `get` and held in memory.
+    """A safetensors file, atomically and durably; one tensor at a time is asked of `get`, in another thread, while the
+    one before is written and hashed. Three are held in memory at most.
 
     Same specs and tensors give the same bytes: widest dtype first, so that each tensor is aligned, then
     natural order of names; no timestamps. `on_bytes` is told of each tensor's size once it is written.
@@ -208,16 +210,29 @@ def write_tensors(
         disk_errors(path.parent, len(header) + sum(spec.bytes for spec in specs.values())),
         published(path) as temp,
         temp.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1, "sha256") as hasher,
     ):
         _write_all(file, memoryview(header))
-        for name in order:
-            data = _bytes_of(name, get(name), specs[name])
+        for data in _ahead(order, lambda name: _bytes_of(name, get(name), specs[name])):
+            hashed = hasher.submit(digest.update, data)
             _write_all(file, data)
-            digest.update(data)
+            hashed.result()
             total += len(data)
             on_bytes(len(data))
         os.fsync(file.fileno())
     return Written(total, digest.hexdigest())
+
+
+def _ahead(names: Sequence[str], make: Callable[[str], memoryview]) -> Iterator[memoryview]:
+    """`make` of each name in order; the next one is begun before one is handed out."""
+    with ThreadPoolExecutor(1, "tensors") as reader:
+        coming: Future[memoryview] | None = None
+        for name in names:
+            found, coming = coming, reader.submit(make, name)
+            if found is not None:
+                yield found.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _item_bytes(spec: TensorSpec) -> int:
