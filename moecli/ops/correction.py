@@ -89,19 +89,19 @@ def pooled(total_E: Tensor, count_E: Tensor) -> tuple[Tensor, Sequence[str]]:
 
     Float64; the ladder of `quantize/gptq` on any moments. Waits for the device twice.
     """
-    total = total_E.double()
-    columns, ones = total.shape[-1], (1,) * (total.dim() - 1)
-    counts = count_E.tolist()
-    quarter = columns / 4
+    found, counts = total_E.to(torch.float64, copy=True), count_E.tolist()
+    mean = found.sum(0) / max(1, sum(counts))
+    quarter = found.shape[-1] / 4
     names = ["own" if n >= max(quarter, ENOUGH) else "pooled" if n < FEW else "mixed" for n in counts]
-    fixed = {"own": 1.0, "pooled": 0.0}
-    share_E = total.new_tensor([fixed.get(x, n / (n + quarter)) for x, n in zip(names, counts, strict=True)])
-    own = total / count_E.to(total).clamp(min=1).view(-1, *ones)
-    mean = total.sum(0) / max(1, sum(counts))
-    share = share_E.view(-1, *ones)
-    # Where a share is 0 its side must not count at all: 0 times what is not finite is not 0.
-    mixed = torch.where(share == 1, own, torch.where(share == 0, mean, share * own + (1 - share) * mean))
-    found, sound = sound_moments(mixed)
+    for expert, (name, n) in enumerate(zip(names, counts, strict=True)):
+        if name == "pooled":  # its own sums, perhaps not finite, do not count at all
+            found[expert] = mean
+            continue
+        share = 1 if name == "own" else n / (n + quarter)
+        found[expert] *= share / n
+        if name == "mixed":
+            found[expert] += (1 - share) * mean
+    found, sound = sound_moments(found)
     return found, [name if fine else "plain" for name, fine in zip(names, sound, strict=True)]
 
 
@@ -109,6 +109,8 @@ def sound_moments(moment_E: Tensor) -> tuple[Tensor, list[bool]]:
     """Moments [E, C, C] or [E, C] with the identity in place of those that are not finite, or zero; which were sound.
     Waits for the device once."""
     flat = moment_E.flatten(1)
-    sound_E = torch.isfinite(flat).all(-1) & (flat.amax(-1) > 0)
+    sound = (torch.isfinite(flat).all(-1) & (flat.amax(-1) > 0)).tolist()
+    if all(sound):
+        return moment_E, sound
     identity = torch.ones_like(moment_E[0]) if moment_E.dim() == 2 else torch.eye(moment_E.shape[-1]).to(moment_E)
-    return torch.where(sound_E.view(-1, *(1,) * (moment_E.dim() - 1)), moment_E, identity), sound_E.tolist()
+    return torch.stack([one if fine else identity for one, fine in zip(moment_E, sound, strict=True)]), sound
