@@ -120,7 +120,7 @@ TABLE: tuple[Row, ...] = (
     Row("vllm", "wrong", "takes the packing of a layer's first expert for all of them", f"read: {_MOE}", ("int",),
         mix=MIXES, hint=_ONE),
     Row("vllm", "works", "runs them packed", "read: vllm/.../compressed_tensors_moe_w4a4_mxfp4.py", ("mxfp4",)),
-    Row("vllm", "refused", "runs FP8 experts with rounded inputs only", f"read: {_MOE}, RuntimeError",
+    Row("vllm", "refused", "runs FP8 experts with rounded inputs only", "run: 0.32, fp8 in rows: ValueError",
         ("fp8", "fp8_block"), hint="write `format: int` with `bits: 8`"),
     Row("vllm", "works", "runs them packed", f"read: {_MOE}", ("fp8_dynamic", "int8_dynamic", "nvfp4")),
 )  # fmt: skip

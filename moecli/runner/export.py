@@ -132,9 +132,10 @@ def why_not_stock(model: ModelSketch) -> Problem | None:
             "write `widths: uniform` in the `slim/...` stage, or `export: compact`",
         )
     if (form := form_of(model)) and (row := why_not(form, "hf")):
-        hints = [*(["write `export: compact`"] if form.format == "int" else []), *([row.hint] if row.hint else [])]
+        ours = "write `export: compact`" if form.format == "int" else "write `export: research`"
+        hints = [ours, *([row.hint] if row.hint else [])]
         reason = f"its experts are packed to {in_words(form)}, and transformers {row.note}"
-        return _no_stock(reason, ", or ".join(hints) or None)
+        return _no_stock(reason, ", or ".join(hints))
     return None
 
 

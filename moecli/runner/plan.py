@@ -143,7 +143,8 @@ def make_plan(recipe: Recipe, source: ModelSketch, source_key: str) -> Plan:
         raise RecipeError(tuple(problems), recipe.path)
     plan = Plan(recipe, source_key, source, tuple(steps), tuple(options))
     if plan.final != SOURCE and (problem := why_not_exported(plan.sketch_of(plan.final), recipe.export)):
-        place = recipe.located.place("export")
+        last = plan.steps[plan.final].position
+        place = recipe.located.place("export") or recipe.located.place(f"stages.{last}.run")
         raise RecipeError((Diagnostic(problem.message, place, problem.hint),), recipe.path)
     return plan
 

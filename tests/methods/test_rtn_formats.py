@@ -92,7 +92,7 @@ def test_fp8_in_blocks_has_no_stock_and_no_compact_form(checkpoint, context, tmp
         "there is no stock form of this model: its experts are packed to FP8 in blocks of 128, and transformers "
         "multiplies each weight with a scale of another shape"
     )
-    assert problem.hint == "write `format: fp8`"
+    assert problem.hint == "write `export: research`, or write `format: fp8`"
     with pytest.raises(UsageError, match="the compact form packs integers only, this model has weights in fp8"):
         export(packed, tmp_path / "model", "compact")
     assert why_not_exported(sketch, "research") is None
