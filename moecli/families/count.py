@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import takewhile
 from statistics import fmean
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import DTYPE_BYTES, ModelSketch, TensorSpec
 from moecli.families.family import Family, Linear, family_of
+from moecli.io.factors import FACTORS_KEY, factor_tensors, stands_for
 from moecli.io.formats import packed_names, parts_of, scheme_of, schemes_of
 from moecli.ops.roofline import LayerCount, Matrix, ModelCount
 
@@ -54,7 +55,10 @@ class _Counter:
         self._hidden = family.facts.hidden
         self._packed = {name.removesuffix("_packed") for name in sketch.specs if name.endswith("_packed")}
         parts = {part for name in self._packed for part in parts_of(name, sketch.specs)}
-        self._shapes = {name: spec for name, spec in sketch.specs.items() if name not in parts}
+        self._factors = sketch.config.get(FACTORS_KEY) or {}
+        self._thin = {n for n in stands_for(sketch.config) if ".rows_at." not in n}
+        guard = (sketch.config.get("quantization_config") or {}).get("guard")
+        self._shapes = {name: spec for name, spec in sketch.specs.items() if name not in parts | {guard}}
         self._shapes |= {name: self._dense(name) for name in self._packed}
         self.linears: dict[str, Linear] = {linear.name: linear for linear in family.linears_in(self._shapes)}
 
@@ -96,11 +100,11 @@ class _Counter:
         plain = {name: self.matrix(name) for name, linear in mine.items() if linear.role != "expert"}
         routed = self._expert(index, mine)
         prefix = f"model.layers.{index}."
-        names = [name for name in self._shapes if name.startswith(prefix) and name not in mine]
+        names = [name for name in self._shapes if name.startswith(prefix) and name not in mine.keys() | self._thin]
         by_end = {name.removesuffix(".weight").rpartition(".")[2]: matrix for name, matrix in plain.items()
                   if mine[name].role == "attention"}  # fmt: skip
         return LayerCount(
-            linears=tuple(plain.values()),
+            linears=(*plain.values(), *self._factored(index, ("base",))),
             experts=self._family.experts_in(index) if routed else 0,
             expert=routed,
             small_bytes=sum(self._shapes[name].bytes for name in names if not name.endswith(".alias_map")),
@@ -112,6 +116,8 @@ class _Counter:
         """Of the first expert, or the mean of all where they differ in width; a stacked gate and up is one matrix."""
         if index not in self._family.facts.moe_layers:
             return ()
+        if str(index) in self._factors:
+            return tuple(self._factored(index, ("left", "right", "rows")))
         form, widths = self._family.layout(self._shapes, index), self._family.widths_in(index)
         experts = range(len(widths)) if len(set(widths)) > 1 else (0,)
         found = [[self.matrix(name) for name in form.names_of(expert) if name in mine] for expert in experts]
@@ -119,6 +125,15 @@ class _Counter:
             Matrix(*(round(fmean(sizes)) for sizes in (inputs, outputs)), fmean(taken))
             for inputs, outputs, taken in (zip(*alike, strict=True) for alike in zip(*found, strict=True))
         )
+
+    def _factored(self, index: int, parts: Collection[str]) -> Iterator[Matrix]:
+        """These parts of factored experts: of one expert, or `base`, with which a token is multiplied once."""
+        entry = self._factors.get(str(index), {"projections": ()})
+        for projection in entry["projections"]:
+            for part, name in factor_tensors(entry, projection["name"]).items():
+                if part in parts:
+                    *experts, outputs, inputs = self._specs[name].shape
+                    yield Matrix(inputs, outputs, self._specs[name].bytes / (experts[0] if experts else 1))
 
     def _window(self, index: int) -> int | None:
         kinds = self._family.config.get("layer_types") or []

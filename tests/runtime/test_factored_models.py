@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moecli.core.artifacts import sketch_of
 from moecli.families import facts_of
 from moecli.families.adapter import load_model
+from moecli.families.count import count_of
 from moecli.io.factors import unfactored
 from moecli.io.formats import DenseView
 from moecli.io.reader import FolderCheckpoint
@@ -126,3 +128,26 @@ def test_a_layer_without_experts_in_the_config_is_named(tiny_model, tmp_path):
     (tmp_path / "compact" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="names layers without experts: 7"):
         logits(tmp_path / "compact")
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_speed_is_estimated_from_the_factors(exported, tiny_model, tmp_path):
+    """Two thin products and the rows for each expert that a token goes to; the shared matrices once."""
+    source = FolderCheckpoint(tiny_model("mixtral"), facts_of)
+    chain, _ = factored(source, tmp_path / "chain")
+    if exported:
+        export(chain, tmp_path / "compact")
+        chain = FolderCheckpoint(tmp_path / "compact", facts_of)
+    count, plain = count_of(sketch_of(chain)), count_of(sketch_of(source))
+    f, d, r, n = 32, 64, 3, 2
+    each = {
+        ("left", "right", "rows"): [(r, f), (d, r), (d, n), (r, f), (d, r), (d, n), (r, d), (f, r), (f, n)],
+        ("base",): [(d, f), (d, f), (f, d)],
+    }
+    for layer, before in zip(count.layers, plain.layers, strict=True):
+        assert [(m.inputs, m.outputs) for m in layer.expert] == each["left", "right", "rows"]
+        assert [m.bytes for m in layer.expert] == [4 * a * b for a, b in each["left", "right", "rows"]]
+        assert layer.linears[: len(before.linears)] == before.linears
+        assert [(m.inputs, m.outputs) for m in layer.linears[len(before.linears) :]] == each["base",]
+        assert layer.small_bytes == before.small_bytes + 3 * 8 * n * 8  # which rows
+    assert count.head == plain.head
