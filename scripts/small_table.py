@@ -148,6 +148,10 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for bits in (4, 3, 2):
         rows[f"hqq-{bits}"] = [stage("quantize/hqq", bits=bits)]
+        rows[f"awq-{bits}"] = [stage("quantize/awq", bits=bits)]
+        rows[f"awq-{bits}-gptq"] = [
+            stage("quantize/awq", bits=bits, form="scaled"), stage("quantize/gptq", bits=bits),
+        ]  # fmt: skip
         rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
         for method in ("eora", "lqer", "slim"):
             rows[f"gptq-{bits}-{method}-4"] = [
