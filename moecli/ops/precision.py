@@ -51,6 +51,21 @@ def outlier_score(weight_NK: Tensor) -> Tensor:
     return (size_NK.amax(-2) / mean_K.where(mean_K > 0, torch.inf)).amax(-1)
 
 
+def asymmetric(weight_NK: Tensor, bits: int, group_size: int) -> Tensor:
+    """Values left by rounding to nearest between the least and the largest weight of each group, 0 among them; the zero
+    point is rounded. Same shape and dtype, computed in fp32; leading dimensions are allowed.
+
+    The grid on which the published code of PMQ and GEMQ measures (scales and zero points are not rounded to a dtype).
+    """
+    grouped = weight_NK.float().unflatten(-1, (-1, group_size))
+    low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = scale.where(scale > 0, torch.ones_like(scale))
+    zero = (-low / scale).round()
+    codes = ((grouped / scale).round() + zero).clamp(0, 2**bits - 1)
+    return (scale * (codes - zero)).flatten(-2).to(weight_NK.dtype)
+
+
 def bits_problem(
     cost: Mapping[int, Sequence[Mapping[int, float]]],
     total: int,

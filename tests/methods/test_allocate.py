@@ -132,7 +132,7 @@ def test_another_average_measures_nothing_again(checkpoint, context, monkeypatch
     monkeypatch.setattr(pmq_module, "sweep", never)
     assert sum(int(b.sum()) for b in by_gemq(model, ctx, text, average=3.5).values()) == 3.5 * 32
     by_pmq(model, ctx, text, average=3.5)
-    for change in ({"group_size": 8}, {"bits": [2, 4]}):
+    for change in ({"group_size": 8}, {"bits": [2, 4]}, {"grid": "asymmetric"}):
         with pytest.raises(AssertionError, match="measured again"):
             by_gemq(model, ctx, text, **change)
 
@@ -194,6 +194,8 @@ BAD = [
      "experts that share their bits cannot have one at each of the upper two"),
     ("pmq", {"average": 3, "servable": "hf", "at_least": "none"}, "scope",
      "one number of bits for the whole model cannot be chosen layer by layer"),
+    ("gemq", {"average": 3, "group_size": 128}, "group_size",
+     "`group_size` 128 does not divide the model width 64 and the expert width 32"),
     ("pmq", {"average": 3, "solver": "greedy"}, "solver", "`greedy` knows no `at_least`"),
 ]  # fmt: skip
 
@@ -201,7 +203,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "options", "option", "message"), BAD)
 def test_what_cannot_work_is_said_before_anything_runs(name, options, option, message, checkpoint):
     kind = {"pmq": Pmq, "gemq": Gemq}[name]
-    opt = kind.model_validate(options | {"average": float(options["average"])})
+    opt = kind.model_validate({"group_size": 16} | options | {"average": float(options["average"])})
     (problem,) = opt.problems(checkpoint().facts)
     assert (problem.option, problem.message) == (option, message)
 

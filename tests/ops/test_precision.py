@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moecli.ops.budget import dynamic, integer_program
-from moecli.ops.precision import bits_problem, pmq_cost
+from moecli.ops.precision import asymmetric, bits_problem, pmq_cost
 
 GOLDEN = next(
     (
@@ -62,3 +63,17 @@ def test_the_published_factors_give_the_published_maps():
     assert agreeing((1, 1.5, 1), dynamic) == (288, 288)
     assert agreeing((1, 1.5, 2), dynamic) == (206, 288)
     assert agreeing((1, 1.5, 1), integer_program, every=8) == (36, 36)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_published_grid_weight_by_weight(bits):
+    weight = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(bits))
+    weight[0, 0, :4], weight[1, 2, 4:] = 0.0, weight[1, 2, 4:].abs() + 1
+    found = asymmetric(weight, bits, 4)
+    for group, left in zip(weight.view(-1, 4).tolist(), found.view(-1, 4).tolist(), strict=True):
+        low, high, top = min(0.0, *group), max(0.0, *group), 2**bits - 1
+        scale = (high - low) / top or 1.0
+        zero = round(-low / scale)
+        assert left == pytest.approx(
+            [scale * (min(max(round(w / scale) + zero, 0), top) - zero) for w in group], abs=1e-6
+        )

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from moecli.core.artifacts import Artifact, BitPlan, CalibrationText, Checkpoint, Packed
@@ -32,7 +32,7 @@ from moecli.engine.rounding import Rounding
 from moecli.families import family_of
 from moecli.ops import budget
 from moecli.ops.pack import dequantize, quantize_rtn
-from moecli.ops.precision import bits_problem
+from moecli.ops.precision import asymmetric, bits_problem
 
 Costs = Mapping[int, Sequence[Mapping[int, float]]]
 """{layer: for each expert {bits: cost}}, every expert with all of the levels that are allowed"""
@@ -227,20 +227,41 @@ class Measured(Artifact):
         return cls({layer: packed.tensors[str(layer)] for layer in packed.meta["layers"]})
 
 
-def rounding(group_size: int) -> Rounding:
-    """To nearest, on the grid that `quantize/rtn` writes."""
+class Measuring(Allocate):
+    """Options of a method that measures what rounding does."""
+
+    group_size: PositiveInt = 128
+    """Inputs that share a scale where errors are measured; that of the `quantize/...` stage below."""
+    grid: Literal["symmetric", "asymmetric"] = "symmetric"
+    """Where errors are measured: `symmetric` is the grid that `quantize/...` writes, `asymmetric` that of the published
+    code, which has a zero point."""
+
+    def problems(self, model: ModelFacts) -> Iterator[Problem]:
+        yield from super().problems(model)
+        named = {"model width": model.hidden, "expert width": model.expert_width}
+        if wrong := [f"{name} {width}" for name, width in named.items() if width % self.group_size]:
+            message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"
+            fits = next((g for g in (128, 64, 32, 16) if not any(w % g for w in named.values())), None)
+            yield Problem("group_size", message, hint=f"write `group_size: {fits}`" if fits else None)
+
+
+def rounding(group_size: int, grid: str = "symmetric") -> Rounding:
+    """To nearest, on the grid that `quantize/rtn` writes, or on that of published code."""
+    if grid == "asymmetric":
+        return lambda weight_NK, bits: asymmetric(weight_NK, bits, group_size)
     return lambda weight_NK, bits: dequantize(*quantize_rtn(weight_NK, bits, group_size))
 
 
 def measured(
-    make: Callable[[], Mapping[int, Tensor]], opt: Allocate, text: CalibrationText, ctx: Context, **settings: Any
+    make: Callable[[], Mapping[int, Tensor]], opt: Measuring, text: CalibrationText, ctx: Context, **settings: Any
 ) -> dict[int, list[dict[int, float]]]:
     """{layer: for each expert {bits: error}} from what `make` measures, [E, levels]; kept for recipes that ask for
     another average. `settings` say what else decides the errors.
 
     StageFailed when one is not a number.
     """
-    values = {"model": ctx.input_keys["model"], "text": text.digest, "bits": opt.levels(), **settings}
+    grid = {"bits": opt.levels(), "group_size": opt.group_size, "grid": opt.grid}
+    values = {"model": ctx.input_keys["model"], "text": text.digest, **grid, **settings}
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
     found = ctx.shared_part(f"errors-{key}", Measured, lambda: Measured(make())).layers
     for layer, error_EB in found.items():

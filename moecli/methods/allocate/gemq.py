@@ -5,11 +5,11 @@ of decoder layer l for the next-token cross entropy l, Z the output of the MoE b
 rounded to b bits: the second-order change of the loss, with the squared gradient in place of its curvature. Costs of
 different layers compare, so the solver spends `average` over the whole model.
 
-Takes a way back through all layers (`engine.backward`). Only the expert's own tokens are run again (`engine.rounding`),
-which is exact; gradients and outputs are in the model's dtype, squares in fp32, sums in fp64. Rounding is to nearest
-on the symmetric grid that `quantize/...` writes; the published code measures on an asymmetric one. Published is also
-a fine-tuning of the router after quantization (`router/kd` comes before it here) and repeating the whole at falling
-averages; neither is part of this stage.
+Takes a way back through all layers (`engine.backward`). Only the expert's own tokens are run again
+(`engine.rounding`), which is exact; gradients and outputs are in the model's dtype, squares in fp32, sums in fp64.
+Rounding is to nearest, on the symmetric grid that `quantize/...` writes unless `grid` says otherwise. Published is
+also a fine-tuning of the router after quantization (`router/kd` comes before it here) and repeating the whole at
+falling averages; neither is part of this stage.
 
 Source: arXiv 2605.23078. `at_least: upper_two` is its option "c2c3".
 
@@ -31,22 +31,19 @@ from moecli.core.stage import RunSetting, stage
 from moecli.engine.backward import backward_sweep
 from moecli.engine.data import batches_of
 from moecli.engine.rounding import SlopedRoundingErrors
-from moecli.methods.allocate import Allocate, measured, rounding, solve
+from moecli.methods.allocate import Measuring, measured, rounding, solve
 
 
-class Gemq(Allocate):
+class Gemq(Measuring):
     """Options of `allocate/gemq`."""
 
-    group_size: PositiveInt = 128
-    """Inputs that share a scale where errors are measured; that of the `quantize/...` stage below."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Sequences per forward pass."""
 
 
 @stage("allocate/gemq", version=1)
 def gemq(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) -> BitPlan:
-    settings = {"what": "slopes", "group_size": opt.group_size}
-    return solve(measured(lambda: _costs(opt, text, model, ctx), opt, text, ctx, **settings), opt, model, ctx)
+    return solve(measured(lambda: _costs(opt, text, model, ctx), opt, text, ctx, what="slopes"), opt, model, ctx)
 
 
 def _costs(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) -> dict[int, Tensor]:
@@ -56,7 +53,9 @@ def _costs(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) ->
     found = {}
     for layer in swept.back():
         if layer.is_moe:
-            errors = SlopedRoundingErrors(layer.parts.experts, opt.levels(), rounding(opt.group_size), one_block)
+            errors = SlopedRoundingErrors(
+                layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid), one_block
+            )
             found[layer.index] = layer.observe([errors])[errors.name][0]
     for line in swept.report():
         ctx.note(line)

@@ -7,9 +7,9 @@ MoE block and Z_eb the same with e alone rounded to b bits. The sum of bits of a
 one expert or more is at the largest number of bits and one at the next.
 
 eps depends on `batch_size`, for norms of batches are added and not squares: 8 sequences, as published. Only the
-expert's own tokens are run again (`engine.rounding`), which is exact. Rounding is to nearest on the symmetric grid that
-`quantize/...` writes; the published code measures on an asymmetric one and has 1 bit too, which has no packed form
-here. Experts that no token reached cost nothing and get the fewest bits.
+expert's own tokens are run again (`engine.rounding`), which is exact. Rounding is to nearest, on the symmetric grid
+that `quantize/...` writes unless `grid` says otherwise; published maps have 1 bit too, which has no packed form here.
+Experts that no token reached cost nothing and get the fewest bits.
 
 Source: arXiv 2410.06270 (MC-MoE, section 3.2) and 2510.10962 (MC#). Exponents 1, 1.5, 1 give the
 published maps (the released option says gamma 2 and is never read).
@@ -33,13 +33,13 @@ from moecli.core.stage import stage
 from moecli.engine.data import batches_of
 from moecli.engine.rounding import RoundingErrors
 from moecli.engine.sweep import sweep
-from moecli.methods.allocate import Allocate, measured, rounding, solve
+from moecli.methods.allocate import Measuring, measured, rounding, solve
 from moecli.ops.precision import PMQ_EXPONENTS, pmq_cost
 
 Exponent = Annotated[float, Field(ge=0)]
 
 
-class Pmq(Allocate):
+class Pmq(Measuring):
     """Options of `allocate/pmq`."""
 
     scope: Literal["layer", "model"] = "layer"
@@ -53,15 +53,13 @@ class Pmq(Allocate):
     """Exponent of its router probability."""
     gamma: Exponent = PMQ_EXPONENTS[2]
     """Exponent of its error."""
-    group_size: PositiveInt = 128
-    """Inputs that share a scale where errors are measured; that of the `quantize/...` stage below."""
     batch_size: PositiveInt = 8
     """Sequences whose error is one norm."""
 
 
 @stage("allocate/pmq", version=1, needs=("prob_routed",))
 def pmq(opt: Pmq, stats: CalibrationStats, text: CalibrationText, model: Checkpoint, ctx: Context) -> BitPlan:
-    settings = {"what": "norms", "group_size": opt.group_size, "batch_size": opt.batch_size}
+    settings = {"what": "norms", "batch_size": opt.batch_size}
     eps = measured(lambda: _norms(opt, text, model, ctx), opt, text, ctx, **settings)
     exponents = (opt.alpha, opt.beta, opt.gamma)
     cost = {
@@ -81,7 +79,7 @@ def _norms(opt: Pmq, text: CalibrationText, model: Checkpoint, ctx: Context) -> 
     found = {}
     for layer in swept:
         if layer.is_moe:
-            errors = RoundingErrors(layer.parts.experts, opt.levels(), rounding(opt.group_size), ends_B)
+            errors = RoundingErrors(layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid), ends_B)
             found[layer.index] = layer.observe([errors])[errors.name].sqrt().sum(0)
     for line in swept.report():
         ctx.note(line)
