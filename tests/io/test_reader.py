@@ -143,11 +143,21 @@ class TestDigest:
         (folder / "LICENSE").write_text("none")
         assert len(found | {digest(folder)}) == 5
 
-    def test_only_all_bytes_sees_values(self, tmp_path: Path) -> None:
-        one = make_folder(tmp_path / "one", {"a": torch.zeros(4)})
-        two = make_folder(tmp_path / "two", {"a": torch.ones(4)})
-        assert digest(one) == digest(two)
-        assert digest(one, all_bytes=True) != digest(two, all_bytes=True)
+    def test_weights_that_were_trained_further_are_another_model(self, tmp_path: Path) -> None:
+        one = make_folder(tmp_path / "one", {"a": torch.zeros(4), "b": torch.zeros(0)})
+        two = make_folder(tmp_path / "two", {"a": torch.ones(4), "b": torch.zeros(0)})
+        assert digest(one) != digest(two)
+
+    def test_places_lie_in_the_middle_of_tensors_all_over_a_file(self, tmp_path: Path) -> None:
+        """Of 1,000 tensors each third, of a large one the middle."""
+        plain = {f"t{i:04}": torch.zeros(4096) for i in range(1000)}
+        found = {digest(make_folder(tmp_path / "plain", plain))}
+        for name in ("t0000", "t0501", "t0999"):
+            changed = plain | {name: torch.zeros(4096).index_fill(0, torch.tensor(2048), 1)}
+            found.add(digest(make_folder(tmp_path / name, changed)))
+        assert len(found) == 4
+        edge = plain | {"t0000": torch.zeros(4096).index_fill(0, torch.tensor(0), 1)}
+        assert digest(make_folder(tmp_path / "edge", edge)) in found  # between the places
 
 
 def without(name: str) -> Callable[[Path], None]:
