@@ -1,5 +1,6 @@
 """What methods share that change the matrices of routed experts one by one: which there are, statistics of their
-inputs, writing them back, zeros. Shared experts, dense layers, routers and biases are left alone.
+inputs, writing them back, zeros, factors. Shared experts, dense layers, routers and biases are left alone. It stands
+beside the kinds: `slim/__init__.py` is about channels, and these methods drop none.
 
 E experts, R output rows, C inputs of a matrix: [F, D] for gate and up, [D, F] for down.
 """
