@@ -8,7 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from moecli.core.errors import SurroundingsError
 from moecli.io import sources
@@ -61,7 +61,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 
 def test_offline_without_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for call in (resolve, resolve_config):
         with pytest.raises(SurroundingsError, match=r"`org/none` is not in the hub's cache .* \(offline\)") as caught:
             call("org/none", offline=True)
