@@ -9,7 +9,7 @@ Not part of it: the paper's elementwise Fisher information as weights f_e, which
 pruning of the base; factors shared between experts. Statistics are those of the source model; experts with few tokens
 lean on others' inputs as in `slim/svd-llm`, and are counted in the report.
 
-Source: arXiv 2502.17298, sections 3.2 and 3.3.
+Source: arXiv 2502.17298.
 
 - run: slim/d2-moe
   with: {kept: 0.6}

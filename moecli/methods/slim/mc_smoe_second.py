@@ -9,7 +9,7 @@ importance of a row is a running mean of |S dLoss/dS|, its schedule LoSparse's, 
 over all matrices. Nothing is trained here, and its results are not the paper's. Put it below a `merge/...` stage, with
 a `calibrate/statistics` stage of the merged model in between.
 
-Source: arXiv 2310.01334, section 3.2, for the form; the one-shot score is ours.
+Source: arXiv 2310.01334 for the form; the one-shot score is ours.
 
 - run: slim/mc-smoe-second
   with: {rank: 32, rows: 0.1}
