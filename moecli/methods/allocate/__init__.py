@@ -85,7 +85,9 @@ class Allocate(Options):
             )
         elif self.average > levels[-1]:
             message = f"`average` must be at most the largest number of bits allowed, {levels[-1]}, got {self.average}"
-            yield Problem("average", message)
+            yield Problem(
+                "average", message, hint=f"write `average: {float(levels[-1])}`, or a larger number in `bits`"
+            )
         elif self.at_least != "none" and (problem := self._at_least_problem(levels, experts)):
             yield problem
         elif self.servable == "hf" and self.scope == "layer":
@@ -93,7 +95,8 @@ class Allocate(Options):
                           hint="write `scope: model`")  # fmt: skip
         elif experts * self.average < (least := sum(self._smallest(experts))):
             more = " with `at_least`" if self.at_least != "none" else ""
-            yield Problem("average", f"`average` must be at least {_up(least / experts)}{more}, got {self.average}")
+            message = f"`average` must be at least {_up(least / experts)}{more}, got {self.average}"
+            yield Problem("average", message, hint=f"write `average: {_up(least / experts)}`")
 
     def _at_least_problem(self, levels: Sequence[int], experts: int) -> Problem | None:
         if self.servable != "research":
