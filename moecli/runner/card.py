@@ -113,6 +113,20 @@ def _six_digits(value: float | None) -> float | None:
 
 
 def _loading(report: Report) -> str:
+    checks = report.verification.checks if report.verification else ()
+    if not any(check.name == "adapter" for check in checks):
+        return _loading_model(report)
+    return _loading_model(report) + (
+        "\n\nThat is the packed model without its corrections, which the figures above are of. PEFT adds those of "
+        "attention, shared experts and dense layers; those of routed experts it can add only where experts are modules "
+        "of their own:\n\n"
+        + fenced(
+            'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, FOLDER + "/adapter")', "python"
+        )
+    )
+
+
+def _loading_model(report: Report) -> str:
     stock = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER"
     if report.export != "compact":
         return "Plain transformers, nothing else needed:\n\n" + fenced(stock + ")", "python")

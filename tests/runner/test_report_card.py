@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from moecli.runner.card import metadata, render_card, without_folders
-from moecli.runner.report import Calibration, Report, StageRecord
+from moecli.runner.report import Calibration, Check, Report, StageRecord, Verification
 from tests.runner.reports import bare, small
 
 
@@ -142,3 +142,13 @@ def test_values_without_a_finite_number_stay_out_of_the_index() -> None:
     assert [entry["dataset"]["name"] for entry in index] == ["arc"]
     only_infinite = small().model_copy(update={"metrics": small().metrics[2:]})
     assert "model-index" not in metadata(only_infinite)
+
+
+def test_a_model_with_corrections_says_what_its_figures_are_of() -> None:
+    report = small()
+    checks = (*(report.verification.checks if report.verification else ()), Check(name="adapter", passed=True))
+    corrected = report.model_copy(update={"verification": Verification(status="passed", checks=checks)})
+    assert "PeftModel" not in render_card(report)
+    card = render_card(corrected)
+    assert "packed model without its corrections, which the figures above are of" in card
+    assert 'PeftModel.from_pretrained(model, FOLDER + "/adapter")' in card

@@ -237,10 +237,14 @@ def _report(opt: Compensate, found: Mapping[int, Found], ctx: Context) -> None:
         size = sum(layer.factor_bytes for layer in found.values())
         ctx.record("adapter_bytes", size)
         ctx.note(
-            f"the factors take {size} bytes; PEFT applies those of routed experts only where experts are modules of "
-            "their own, which they are not in transformers"
-            if "experts" in opt.scope else f"the factors take {size} bytes"
-        )  # fmt: skip
+            f"the factors take {size} bytes; stages below see the corrected weights, the folder `model` holds the "
+            "packed ones and the factors in `adapter`"
+        )
+        if "experts" in opt.scope:
+            ctx.note(
+                "PEFT can add the factors of routed experts only where experts are modules of their own, which they "
+                "are not in transformers"
+            )
     else:
         ctx.note("`form: merged` writes all weights dense: the model is as large as before it was quantized")
 
