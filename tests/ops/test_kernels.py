@@ -11,18 +11,28 @@ import pytest
 import torch
 
 from moecli.ops import kernels
-from tests.ops import gptq_cases, gradient_cases, grouped_cases
+from tests.ops import gptq_cases, gradient_cases, grouped_cases, packed_cases
 
 pytest.importorskip("triton", reason="no triton here: kernels are tested where it is installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: tests/gpu runs the kernels on it")
 
 HALF_AND_SINGLE = (torch.float16, torch.float32)
 """The interpreter cannot multiply matrices of bfloat16; float16 takes the same way."""
+TOY = {"experts": 2, "width": 20, "slots": 2, "tokens": (1, 3)}
+
+
+def _packed(fast):
+    packed_cases.compare(fast, "cpu", torch.float32, 4, columns=144, group=48, **TOY)  # padded columns, split groups
+    packed_cases.compare(fast, "cpu", torch.float16, 3, columns=64, group=32, **TOY)
+    packed_cases.compare(fast, "cpu", torch.float16, 2, columns=256, group=256, **TOY)
+
+
 CASES = {
     "gradients": lambda fast: gradient_cases.compare(fast, torch.float32, "cpu", visits=61, width=24),
     "gptq": lambda fast: gptq_cases.compare(fast, "cpu"),
     "gram": lambda fast: [grouped_cases.compare_gram(fast, dtype, "cpu", 70, 136) for dtype in HALF_AND_SINGLE],
     "grouped": lambda fast: grouped_cases.compare(fast, torch.float32, "cpu", tokens=11, width=24),
+    "packed": _packed,
 }
 
 

@@ -1,0 +1,230 @@
+"""Time of an MoE layer's experts in decode, packed against bfloat16, beside the bytes that must be read.
+
+    python scripts/bench_packed.py --tune        # every shape of a product first, at 4 bits, and takes the best
+    python scripts/bench_packed.py
+    for n in $(seq 0 13); do python scripts/bench_packed.py --compile $n & done; wait    # kernels, on all cores
+
+Shape of Qwen3-30B-A3B: width 2048, 128 experts of 768 channels, 8 a token; groups of 128. Random routing without
+repetition for each token. Times are those of CUDA graphs over several layers, each with its own weights and routing, so
+that nothing is found in the L2 cache and no launch waits for the host: experts' products, gating and weighted sum,
+without router and attention. Floor: codes and scales of the experts that are hit, once, at the data sheet's bandwidth.
+`grouped_mm` sorts and multiplies as transformers does; `gather` copies the weights of every visit and multiplies
+them as a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from moecli.methods.eval.speed import copy_bandwidth, device_name
+from moecli.ops import packed as twin
+from moecli.ops.kernels import grouped
+from moecli.ops.kernels import packed as fast
+from moecli.ops.kernels.packed import Shape
+from moecli.ops.packed import Packed
+from moecli.ops.roofline import gpu_of
+
+HIDDEN, WIDTH, EXPERTS, SLOTS, GROUP = 2048, 768, 128, 8, 128
+LAYERS = 6
+ALONE = [Shape(*s) for s in (
+    (8, 1, 4, 1, 1), (8, 1, 4, 4, 1), (16, 1, 2, 4, 1), (16, 1, 2, 4, 3), (16, 1, 4, 4, 1), (16, 1, 4, 8, 1),
+    (8, 1, 8, 4, 1), (32, 1, 1, 4, 3), (32, 1, 2, 4, 1), (32, 1, 2, 8, 2), (4, 1, 8, 2, 1), (8, 1, 2, 2, 1), (8, 1, 2, 2, 3),
+)]  # fmt: skip
+TOGETHER = [Shape(rows, 16, 1, warps, stages) for rows, warps, stages in (
+    (16, 1, 3), (16, 2, 3), (32, 2, 3), (32, 4, 2), (32, 4, 4), (64, 4, 1), (64, 4, 3), (64, 4, 4),
+    (128, 4, 3), (128, 8, 3),
+)]  # fmt: skip
+
+
+def random_packed(bits: int, rows: int, columns: int, experts: int = EXPERTS) -> Packed:
+    blocks = columns // twin.block_of(bits)
+
+    def words(dtype: torch.dtype) -> torch.Tensor:
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        return torch.randint(low, high, (experts, blocks, rows, twin.LANES), dtype=dtype, device="cuda")
+
+    scale = (0.5 + torch.rand(experts, columns // GROUP, rows, device="cuda")).bfloat16() / (2**bits * columns**0.5)
+    third = words(torch.int16) if bits == 3 else None
+    return Packed(words(torch.int32), third, scale, bits, columns, twin.span_of(bits, columns, GROUP))
+
+
+def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.rand(tokens, EXPERTS, device="cuda")
+    weight, index = logits.softmax(-1).topk(SLOTS)
+    return index, (weight / weight.sum(-1, keepdim=True)).bfloat16()
+
+
+def packed_layer(gate_up: Packed, down: Packed, place: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        expert = index.flatten()
+        visits = None if len(x) == 1 else fast.sort_visits(expert, EXPERTS)
+        y = fast.product(fast.gated_product(x, gate_up, expert, visits), down, expert, visits)
+        return grouped.combine(y, place, weight, False)[0]
+
+    return run
+
+
+def dense_grouped(gate_up: torch.Tensor, down: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        expert, order = torch.sort(index.flatten())
+        counts = torch.histc(expert.int(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        both = torch.nn.functional.grouped_mm(x[order // SLOTS], gate_up.mT, offs=ends)
+        y = torch.nn.functional.grouped_mm(grouped.silu_gate(both), down.mT, offs=ends)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return (y * weight.flatten()[order][:, None])[back].view(len(x), SLOTS, -1).sum(1)
+
+    return run
+
+
+def dense_gather(gate_up: torch.Tensor, down: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        expert = index.flatten()
+        both = torch.bmm(gate_up[expert], x.repeat_interleave(SLOTS, 0)[..., None])[..., 0]
+        y = torch.bmm(down[expert], grouped.silu_gate(both)[..., None])[..., 0]
+        return (y * weight.flatten()[:, None]).view(len(x), SLOTS, -1).sum(1)
+
+    return run
+
+
+def graph_us(calls: list[Callable[[], Any]], repeats: int = 20) -> float:
+    """Microseconds of one call: median over replays of a graph of all."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2] * 1e3 / len(calls)
+
+
+def distinct(index: torch.Tensor) -> int:
+    return len(index.unique())
+
+
+def tune(layers: list[tuple[Packed, Packed]], bandwidth: float) -> None:
+    """Each product alone, at batch 1 and 64: prints all shapes and keeps the best."""
+    for tokens, table, shapes in ((1, fast.ALONE, ALONE), (64, fast.TOGETHER, TOGETHER)):
+        routes = [routing(tokens)[0].flatten() for _ in layers]
+        hit = sum(distinct(route) for route in routes) / len(layers)
+        visits = [None if tokens == 1 else fast.sort_visits(route, EXPERTS) for route in routes]
+        for which, (kind, function) in enumerate((("gated", fast.gated_product), ("plain", fast.product))):
+            count = tokens if kind == "gated" else tokens * SLOTS
+            x = torch.randn(count, layers[0][which].columns, device="cuda").bfloat16()
+            floor = hit * layers[0][which].bytes() / bandwidth * 1e6
+            found = {}
+            for shape in shapes:
+                table[kind] = shape
+                calls = [
+                    partial(function, x, pair[which], e, v) for pair, e, v in zip(layers, routes, visits, strict=True)
+                ]
+                try:
+                    found[shape] = graph_us(calls)
+                except Exception as error:  # a shape that does not fit the device is a row of the table
+                    print("  failed", tokens, kind, shape, str(error)[:200], flush=True)
+                    continue
+                print(f"  {tokens:3} {kind} {tuple(shape)} {found[shape]:.1f} us floor {floor:.1f}", flush=True)
+            table[kind] = min(found, key=found.get)
+            print(f"{tokens:3} {kind} best {tuple(table[kind])} {found[table[kind]]:.1f} us", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--batches", default="1,2,4,8,16,64,256,1024")
+    parser.add_argument("--compile", type=int, help="only fill the cache of kernels with part N of 14")
+    args = parser.parse_args()
+    all_bits = [int(bits) for bits in args.bits.split(",")]
+    if args.compile is not None:
+        compile_part(args.compile, all_bits, args.tune)
+        return
+    torch.manual_seed(0)
+    sheet = gpu_of(device_name())
+    bandwidth = sheet.bandwidth if sheet else copy_bandwidth(torch.device("cuda"))
+    print(
+        f"{device_name()}: sheet {bandwidth / 1e9:.0f} GB/s, copy {copy_bandwidth(torch.device('cuda')) / 1e9:.0f} GB/s"
+    )
+    dense = [
+        (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, device="cuda", dtype=torch.bfloat16) / HIDDEN**0.5,
+         torch.randn(EXPERTS, HIDDEN, WIDTH, device="cuda", dtype=torch.bfloat16) / WIDTH**0.5)
+        for _ in range(LAYERS)
+    ]  # fmt: skip
+    rows = []
+    batches = [int(batch) for batch in args.batches.split(",")]
+    routes = {batch: [routing(batch) for _ in range(LAYERS)] for batch in batches}
+    inputs = {batch: torch.randn(batch, HIDDEN, device="cuda").bfloat16() for batch in batches}
+    base: dict[int, dict[str, float]] = {}
+    for batch in batches:
+        base[batch] = {}
+        for name, make in (("grouped_mm", dense_grouped), ("gather", dense_gather)):
+            if name == "gather" and batch > 64:
+                continue
+            runs = [make(*pair) for pair in dense]
+            calls = [partial(r, inputs[batch], *a) for r, a in zip(runs, routes[batch], strict=True)]
+            base[batch][name] = graph_us(calls)
+        print("bf16 batch", batch, {k: round(v, 1) for k, v in base[batch].items()}, flush=True)
+    for bits in all_bits:
+        layers = [(random_packed(bits, 2 * WIDTH, HIDDEN), random_packed(bits, HIDDEN, WIDTH)) for _ in range(LAYERS)]
+        if args.tune and bits == 4:
+            tune(layers, bandwidth)
+        for batch in batches:
+            place = torch.arange(batch * SLOTS, device="cuda").view(batch, SLOTS)
+            runs = [packed_layer(*pair, place) for pair in layers]
+            calls = [partial(r, inputs[batch], *a) for r, a in zip(runs, routes[batch], strict=True)]
+            us = graph_us(calls)
+            hit = sum(distinct(index) for index, _ in routes[batch]) / LAYERS
+            floor = hit * sum(p.bytes() for p in layers[0]) / bandwidth * 1e6
+            rows.append({"bits": bits, "batch": batch, "us": us, "experts": hit, "floor_us": floor, **base[batch]})
+            ratios = {name: round(value / us, 2) for name, value in base[batch].items()}
+            print(f"W{bits} batch {batch}: {us:.1f} us, floor {floor:.1f} = {floor / us:.0%}, x {ratios}", flush=True)
+        us = graph_us([lambda p=p: [fast.dequantized(each) for each in p] for p in layers[:2]], 5)
+        print(f"W{bits} dequantizing a layer: {us:.0f} us", flush=True)
+        rows.append({"bits": bits, "dequantize_us": us})
+    if out := os.environ.get("OUT"):
+        with open(os.path.join(out, "bench_packed.json"), "w") as file:
+            json.dump({"rows": rows, "alone": fast.ALONE, "together": fast.TOGETHER}, file, indent=1)
+
+
+def compile_part(part: int, all_bits: list[int], tuning: bool) -> None:
+    """Every kernel needed, on two experts."""
+    jobs = [(bits, kind, alone, None) for bits in all_bits for kind in ("gated", "plain") for alone in (True, False)]
+    if tuning:
+        jobs += [(4, kind, True, shape) for kind in ("gated", "plain") for shape in ALONE]
+        jobs += [(4, kind, False, shape) for kind in ("gated", "plain") for shape in TOGETHER]
+    for bits, kind, alone, shape in itertools.islice(jobs, part, None, 14):
+        packed = random_packed(bits, 2 * WIDTH, HIDDEN, 2) if kind == "gated" else random_packed(bits, HIDDEN, WIDTH, 2)
+        if shape is not None:
+            (fast.ALONE if alone else fast.TOGETHER)[kind] = shape
+        expert = torch.arange(8, device="cuda") % 2
+        x = torch.randn(1 if kind == "gated" else 8, packed.columns, device="cuda").bfloat16()
+        try:
+            visits = None if alone else fast.sort_visits(expert, 2)
+            (fast.gated_product if kind == "gated" else fast.product)(x, packed, expert, visits)
+            torch.cuda.synchronize()
+        except Exception as error:  # shown again where it is timed
+            print("compile", bits, kind, shape, str(error)[:200])
+
+
+if __name__ == "__main__":
+    main()
