@@ -270,6 +270,23 @@ def test_a_recipe_from_text_to_a_verified_mix(family, allocate, tiny_model, text
     assert [chart.title for chart in report.figures_data.charts] == ["Bits of experts"]
 
 
+@pytest.mark.parametrize("name", ["allocate/pmq", "allocate/gemq"])
+def test_merged_experts_get_bits_and_load(name, tiny_model, text_file, tmp_path):
+    """Router rows that share experts: four of them are stored, and four get bits."""
+    calibrate = {"run": "calibrate/statistics", "with": {"dataset": text_file, "samples": 4, "tokens_per_sample": 32}}
+    stages = [
+        calibrate, {"run": "cluster/hc-smoe", "with": {"keep": 4}}, {"run": "merge/weighted"}, calibrate,
+        {"run": name, "with": {"average": 2.75, "group_size": 16}},
+        {"run": "quantize/rtn", "with": {"group_size": 16}},
+    ]  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"recipe": 1, "model": str(tiny_model("qwen3_moe")), "seed": 0, "stages": stages}))
+    result = run_plan(open_recipe(path), tmp_path / "run")
+    assert result.report.verification.status == "passed" and result.report.export == "compact"
+    (notes,) = [stage.notes for stage in result.report.stages if stage.name == name]
+    assert any(note.startswith("bits of 8 routed experts") for note in notes)
+
+
 def problems_in(path):
     with pytest.raises(RecipeError) as caught:
         open_recipe(path)
