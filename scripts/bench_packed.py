@@ -36,7 +36,8 @@ HIDDEN, WIDTH, EXPERTS, SLOTS, GROUP = 2048, 768, 128, 8, 128
 LAYERS = 6
 ALONE = [Shape(*s) for s in (
     (8, 1, 4, 1, 1), (8, 1, 4, 4, 1), (16, 1, 2, 4, 1), (16, 1, 2, 4, 3), (16, 1, 4, 4, 1), (16, 1, 4, 8, 1),
-    (8, 1, 8, 4, 1), (32, 1, 1, 4, 3), (32, 1, 2, 4, 1), (32, 1, 2, 8, 2), (4, 1, 8, 2, 1), (8, 1, 2, 2, 1), (8, 1, 2, 2, 3),
+    (8, 1, 8, 4, 1), (32, 1, 1, 4, 3), (32, 1, 2, 4, 1), (32, 1, 2, 8, 2), (4, 1, 8, 2, 1),
+    (8, 1, 2, 2, 1), (8, 1, 2, 2, 3),
 )]  # fmt: skip
 TOGETHER = [Shape(rows, 16, 1, warps, stages) for rows, warps, stages in (
     (16, 1, 3), (16, 2, 3), (32, 2, 3), (32, 4, 2), (32, 4, 4), (64, 4, 1), (64, 4, 3), (64, 4, 4),
@@ -65,7 +66,7 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def packed_layer(gate_up: Packed, down: Packed, place: torch.Tensor) -> Callable[..., torch.Tensor]:
     def run(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         expert = index.flatten()
-        visits = None if len(x) == 1 else fast.sort_visits(expert, EXPERTS)
+        visits = None if len(expert) <= fast.FEW else fast.sort_visits(expert, EXPERTS)
         y = fast.product(fast.gated_product(x, gate_up, expert, visits), down, expert, visits)
         return grouped.combine(y, place, weight, False)[0]
 

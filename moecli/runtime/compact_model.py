@@ -20,7 +20,7 @@ A compact checkpoint has the `model_type` and the tensor names of the original m
 
 Loading it takes `import moecli`, or `trust_remote_code=True` with this file beside the weights: the file
 needs torch and transformers (5.17 to 5.x) only. Packed weights are unpacked while loading, so the model in memory
-is dense.
+is dense; with `"memory": "packed"` experts stay packed, which takes moecli (`moecli.runtime.packed` says how).
 
 With neither, transformers warns `Unknown quantization type, got moecli` and then raises `RuntimeError: You
 set `ignore_mismatched_sizes` to `False`...`, because sizes disagree. A packed checkpoint, or one of
@@ -31,6 +31,7 @@ under the name of a stock weight, `guard` in the config, which gives the same er
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,8 +76,12 @@ class CompactConfig(QuantizationConfigMixin):
         widths: Mapping[str, Sequence[int]] | None = None,
         factors: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
         quant_method: str = METHOD,
+        memory: str = "dense",
     ) -> None:
+        if memory not in ("dense", "packed"):
+            raise ValueError(f"`memory` of a checkpoint's experts is `dense` or `packed`, got `{memory}`")
         self.quant_method = quant_method
+        self.memory = memory
         self.experts = {str(layer): int(count) for layer, count in experts.items()}
         self.rows = rows if isinstance(rows, int) else {str(layer): int(r) for layer, r in rows.items()}
         self.packed = packed
@@ -100,6 +105,8 @@ class CompactQuantizer(HfQuantizer):
         blocks = moe_blocks(model)
         if unknown := sorted({*config.experts, *config.widths, *config.factors} - set(blocks)):
             raise ValueError(f"the checkpoint's config names layers without experts: {', '.join(unknown)}")
+        if self._stays_packed:
+            packed_runtime().refuse(config.widths, config.factors)
         for layer, experts in config.experts.items():
             resize_block(blocks[layer], experts, config.rows_of(layer))
         for layer, widths in config.widths.items():
@@ -115,22 +122,27 @@ class CompactQuantizer(HfQuantizer):
         """(conversions) in transformers 5.17, (conversions, model) later."""
         self._originals: dict[int, Any] = {}
         config, conversions = self.quantization_config, []
+        keep = self._stays_packed
         guard = [guard_renaming(config.guard, "" if config.factors else "$")] if config.guard else []
         if not (config.packed or config.widths):
             return [*guard, *weight_conversions]
         for stock in weight_conversions:
             merging = by_width(stock) if config.widths else stock
-            ours = [unpacking(merging), *stack_renamings(stock)] if config.packed else [merging]
+            ours = [unpacking(merging, keep), *stack_renamings(stock)] if config.packed else [merging]
             self._originals |= {id(conversion): stock for conversion in ours}
             conversions += ours
         if not config.packed:
             return conversions
-        return [*guard, *conversions, *packed_stacks(), packed_linears()]
+        return [*guard, *conversions, *packed_stacks(keep), packed_linears()]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if hasattr(model, GUARD_BUFFER) and not self.quantization_config.factors:  # those are saved as they are
             delattr(model, GUARD_BUFFER)
-        if self._originals:
+        if self._stays_packed:
+            for block in moe_blocks(model).values():
+                if block.experts.down_proj.dtype == torch.uint8:
+                    packed_runtime().keep_packed(block.experts)
+        elif self._originals:
             self._forget_packing(model)
         as_stock_would_cast(model, self._dtypes)
         return model
@@ -143,13 +155,33 @@ class CompactQuantizer(HfQuantizer):
         self.quantization_config.packed = self.quantization_config.guard = None
         model.config.quantization_config = self.quantization_config
 
+    @property
+    def _stays_packed(self) -> bool:
+        return bool(self.quantization_config.packed) and self.quantization_config.memory == "packed"
+
+    def param_needs_quantization(self, model: nn.Module, name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of another size than the model's is meant: experts that stay packed."""
+        return self._stays_packed and f".{name}".endswith(STACKS)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Not with several widths in one layer: stock conversions would write its flat tensors as they are."""
-        return all(len(set(widths)) == 1 for widths in self.quantization_config.widths.values())
+        """Not with several widths in one layer: stock conversions would write its flat tensors as they are. Nor packed:
+        the checkpoint that was read is that already.
+        """
+        return not self._stays_packed and all(
+            len(set(widths)) == 1 for widths in self.quantization_config.widths.values()
+        )
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return not self._stays_packed
+
+
+def packed_runtime() -> Any:
+    """`moecli.runtime.packed`. Not part of the file beside the weights: kernels are files of their own."""
+    try:
+        return importlib.import_module("moecli.runtime.packed")
+    except ImportError as error:
+        raise ValueError("experts stay packed in memory where moecli is installed only; leave out `memory`") from error
 
 
 # Sizes
@@ -269,6 +301,47 @@ class UnpackWhole(ConversionOps):
         return {full_layer_name: (unpack_stack if packed.dim() == 3 else unpack)(packed, scale, shape)}
 
 
+class KeepPacked(ConversionOps):
+    """In place of a converter's operations: the packed experts of a layer become what `runtime.packed` runs on."""
+
+    hf_quantizer = True
+
+    def __init__(self, operations: list[ConversionOps]) -> None:
+        self._operations = operations
+
+    def convert(self, input_dict: Mapping[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Tensor]:
+        """{source pattern: one tensor per expert}, or {target: [tensor]} of all experts for the three parts of one."""
+        sources = list(dict.fromkeys(_stem(pattern) for pattern in input_dict))
+        if not any(_listed(input_dict.get(f"{source}{PARTS[0]}$")) for source in sources):
+            values: Any = Unpack().convert(input_dict)
+            for operation in self._operations:
+                values = operation.convert(values, target_patterns=target_patterns, **kwargs)
+            return values
+        if any(_listed(input_dict.get(f"{source}$")) for source in sources):
+            raise ValueError(f"some experts of `{sources[0]}` are packed and some are not")
+        matrices = [
+            zip(*(_listed(input_dict.get(f"{source}{part}$")) for part in PARTS), strict=True) for source in sources
+        ]
+        return {target_patterns[0]: packed_runtime().kept(list(zip(*matrices, strict=True)))}
+
+
+class KeepWhole(ConversionOps):
+    """As `KeepPacked`, from the three parts of all experts."""
+
+    hf_quantizer = True
+
+    def convert(
+        self, input_dict: Mapping[str, Any], source_patterns: list[str], full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        packed, scale, shape = (_listed(input_dict[pattern])[0] for pattern in source_patterns)
+        columns = shape[1] if shape[3] else shape[2]
+        return {
+            full_layer_name: packed_runtime().kept(
+                [[(words, s, columns)] for words, s in zip(packed, scale, strict=True)]
+            )
+        }
+
+
 class ByWidth(ConversionOps):
     """A converter's operations on the experts of each width; of several, the results follow each other in one flat
     tensor, widest first, as `narrow_experts` has them.
@@ -305,13 +378,14 @@ def packed_linears() -> WeightConverter:
     return _whole(".weight")
 
 
-def packed_stacks() -> list[WeightConverter]:
+def packed_stacks(keep: bool = False) -> list[WeightConverter]:
     """Read the experts of a layer that are packed as one tensor, under their names in the model."""
-    return [_whole(stack) for stack in STACKS]
+    return [_whole(stack, keep) for stack in STACKS]
 
 
-def _whole(name: str) -> WeightConverter:
-    return WeightConverter([f"{re.escape(name)}{part}$" for part in PARTS], name, [UnpackWhole()])
+def _whole(name: str, keep: bool = False) -> WeightConverter:
+    sources = [f"{re.escape(name)}{part}$" for part in PARTS]
+    return WeightConverter(sources, name, [KeepWhole() if keep else UnpackWhole()])
 
 
 def stack_renamings(conversion: Any) -> list[WeightRenaming]:
@@ -324,17 +398,18 @@ def stack_renamings(conversion: Any) -> list[WeightRenaming]:
     return [_scoped(WeightRenaming(f"{source.removesuffix('$')}{part}$", target + part), conversion) for part in PARTS]
 
 
-def unpacking(conversion: Any) -> Any:
-    """The same converter, reading packed weights as well; anything else as it is."""
+def unpacking(conversion: Any, keep: bool = False) -> Any:
+    """The same converter, reading packed weights as well; anything else as it is. `keep`: experts stay packed."""
     if not isinstance(conversion, WeightConverter):
         return conversion
     stems = [source.removesuffix("$") for source in conversion._original_source_patterns]
     if not all(stem.endswith(".weight") for stem in stems):
         return conversion
+    experts = f".{conversion._original_target_patterns[0]}".endswith(STACKS)
     changed = WeightConverter(
         [f"{stem}{part}$" for stem in stems for part in ("", *PARTS)],
         list(conversion._original_target_patterns),
-        [Unpack(), *conversion.operations],
+        [KeepPacked(conversion.operations)] if keep and experts else [Unpack(), *conversion.operations],
     )
     return _scoped(changed, conversion)
 

@@ -215,31 +215,50 @@ class Visits(NamedTuple):
     """int32 [E + 1]"""
 
 
+FEW = 16
+"""Visits up to which each reads its expert for itself: sorting them would take longer than what it spares."""
+_MOST = 1024
+"""Visits up to which they are sorted in one launch, whose work is the square of their number."""
+
+
 def sort_visits(expert_S: Tensor, experts: int) -> Visits:
-    """Up to some thousand visits, in one launch: its work is the square of their number."""
+    """Without a word to the host. Visits of an expert below 0 are sorted too, but belong to none."""
     count = len(expert_S)
+    if count > _MOST:
+        ordered, order = expert_S.sort(stable=True)
+        ends = torch.arange(experts + 1, device=expert_S.device)
+        return Visits(order.int(), torch.searchsorted(ordered, ends).int())
     order, start = (torch.empty(n, dtype=torch.int32, device=expert_S.device) for n in (count, experts + 1))
-    grid = (triton.cdiv(max(count, experts + 1), 16),)
-    _order[grid](expert_S, order, start, count, experts, triton.next_power_of_2(count), 16, num_warps=4)
+    chunk = 8
+    grid = (triton.cdiv(max(count, experts + 1), chunk),)
+    _order[grid](expert_S, order, start, count, experts, triton.next_power_of_2(count), chunk, num_warps=4)
     return Visits(order, start)
 
 
-def gated_product(x_TK: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None = None) -> Tensor:
-    return _product(x_TK, packed, expert_S, visits, "gated")
+def gated_product(
+    x_TK: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None = None, out: Tensor | None = None
+) -> Tensor:
+    return _product(x_TK, packed, expert_S, visits, out, "gated")
 
 
-def product(x_TK: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None = None) -> Tensor:
-    return _product(x_TK, packed, expert_S, visits, "plain")
+def product(
+    x_TK: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None = None, out: Tensor | None = None
+) -> Tensor:
+    return _product(x_TK, packed, expert_S, visits, out, "plain")
 
 
-def _product(x: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None, kind: str) -> Tensor:
-    """Without `visits` each visit reads its expert for itself."""
+def _product(
+    x: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None, out: Tensor | None, kind: str
+) -> Tensor:
+    """Without `visits` each visit reads its expert for itself; with them, what `out` has of visits that belong to none
+    stays.
+    """
     x, low, scale = x.contiguous(), packed.low, packed.scale_EGN
     high = low if packed.high is None else packed.high
     experts, blocks, rows = low.shape[:3]
     gated = kind == "gated"
     width = rows // 2 if gated else rows
-    out = x.new_empty(len(expert_S), width)
+    out = x.new_empty(len(expert_S), width) if out is None else out
     sizes = (len(expert_S) // len(x), packed.columns, rows, blocks, scale.shape[1], packed.span, packed.bits, gated)
     shape = (ALONE if visits is None else TOGETHER)[kind]
     tiles = triton.cdiv(width, shape.rows)
