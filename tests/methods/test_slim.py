@@ -543,3 +543,13 @@ def test_a_width_that_the_shared_experts_cannot_follow(checkpoint):
     with pytest.raises(MoecliError, match="24 does not divide 32"):
         forecast_width(ModelSketch(facts, checkpoint("deepseek_v3").config), 24)
     assert facts_of(width_config(checkpoint("qwen2_moe").config, 24)).shared_width == 40
+
+
+@pytest.mark.parametrize(("widths", "align", "odd"), [("uniform", 4, True), ("uniform", 8, False), ("pad", 4, False)])
+def test_widths_that_cuda_cannot_multiply_are_said(widths, align, odd, checkpoint, context):
+    model, ctx = checkpoint(), context()
+    heapr(Heapr(ratio=0.4, widths=widths, align=align), made_up(model), model, ctx)
+    left = {width for some in ctx.records["kept_channels"].values() for width in some}
+    assert any(width % 8 for width in left) == (odd or widths == "pad")
+    assert any("16 of 16 experts have a width that is no multiple of 8" in note for note in ctx.notes) == odd
+    assert any("zeros in tensors of the old shapes" in note for note in ctx.notes) == (widths == "pad")

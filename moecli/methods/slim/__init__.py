@@ -57,6 +57,8 @@ from moecli.ops.super_experts import super_experts
 Scores = Mapping[int, Tensor]
 """{layer: float [E, F]}, higher is better."""
 GRAM = "ph_cov"
+CUDA_ALIGN = 8
+"""Channels of 2 bytes in the 16 that rows of `torch.nn.functional.grouped_mm` must be multiples of on CUDA."""
 REFIT_BYTES = 2 << 30
 """Memory of the experts whose `down` is refitted at a time."""
 
@@ -426,8 +428,13 @@ def _report(kept: Mapping[int, Tensor], stats: CalibrationStats | None, opt: Sli
     ctx.record("kept_channels", {str(layer): left_E.tolist() for layer, left_E in counts.items()})
     total, left = sum(k.numel() for k in kept.values()), sum(int(c.sum()) for c in counts.values())
     experts = sum(len(c) for c in counts.values())
-    shapes = "" if opt.widths == "uniform" else "; they are zeros in tensors of the old shapes"
+    shapes = "; they are zeros in tensors of the old shapes" if opt.widths == "pad" else ""
     ctx.note(f"{total - left} of {total} channels ({1 - left / total:.1%}) dropped{shapes}")
+    if odd := 0 if opt.widths == "pad" else sum(int((c % CUDA_ALIGN != 0).sum()) for c in counts.values()):
+        ctx.note(
+            f"{odd} of {experts} experts have a width that is no multiple of {CUDA_ALIGN}: grouped products on CUDA "
+            f"refuse rows that are no whole 16 bytes. Write `align: {CUDA_ALIGN}` or more to run there"
+        )
     if emptied := sum(int((c == 0).sum()) for c in counts.values()):
         ctx.note(f"{emptied} of {experts} experts lost all channels: what is routed to them gives nothing")
     if opt.repair != "none" and stats is not None:
