@@ -176,7 +176,8 @@ def _forward(self: nn.Module, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Te
         index_Tk = self.alias_map[index_Tk]
     fast = kernels("packed", hidden_TD)
     learns = torch.is_grad_enabled() and hidden_TD.requires_grad
-    special = self._is_expert_parallel or self.has_post_expert_norm
+    # transformers 5.17 knows neither
+    special = getattr(self, "_is_expert_parallel", False) or getattr(self, "has_post_expert_norm", False)
     if fast is None or learns or special or index_Tk.numel() > MOST_VISITS * self.num_experts:
         return self.stock.forward(_dense(self, hidden_TD.dtype), hidden_TD, index_Tk, weight_Tk)
     return run_packed(self, fast, hidden_TD, index_Tk, weight_Tk)

@@ -103,6 +103,16 @@ def test_the_file_beside_the_weights_is_enough_with_nothing_installed(kind, fold
     assert torch.equal(load_file(tmp_path / "out")["logits"], logits(folders[kind]))
 
 
+def test_experts_that_shall_stay_packed_take_moecli(folders, tmp_path):
+    before = 'import json, os, shutil; shutil.copytree(sys.argv[1], "own"); sys.argv[1] = "own"\n'
+    before += 'c = json.load(open("own/config.json")); c["quantization_config"]["memory"] = "packed"\n'
+    before += 'json.dump(c, open("own/config.json", "w"))'
+    script = LOAD.format(before=before, after="", options=", trust_remote_code=True")
+    done = run(script, folders["packed"], tmp_path / "out", cwd=tmp_path, isolated=True)
+    assert done.returncode == 1
+    assert "experts stay packed in memory where moecli is installed only; leave out `memory`" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["alias", "packed", "stacked"])
 def test_with_neither_import_nor_trust_loading_stops(kind, folders, tmp_path):
     script = LOAD.format(before="", after="", options="")
