@@ -38,20 +38,25 @@ TOGETHER = {"gated": Shape(32, 16, 1, 4, 3), "plain": Shape(64, 16, 1, 4, 3)}
 @triton.jit
 def _float(code, HALF: tl.constexpr, dtype: tl.constexpr):
     """code - HALF, exactly: the code's bits are the last of a number above all codes."""
+    # one return at the end: Triton compiles what follows a return in a branch
     if dtype == tl.bfloat16:
-        return (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128 + HALF)
-    if dtype == tl.float16:
-        return (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (1024 + HALF)
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+        value = (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128 + HALF)
+    elif dtype == tl.float16:
+        value = (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (1024 + HALF)
+    else:
+        value = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+    return value
 
 
 @triton.jit
 def _codes(low, high, slot: tl.constexpr, BITS: tl.constexpr):
     if BITS == 4:
-        return (low >> (4 * slot)) & 15
-    if BITS == 3:
-        return ((low >> (2 * slot)) & 3) | (((high >> slot) & 1) << 2)
-    return (low >> (2 * slot)) & 3
+        code = (low >> (4 * slot)) & 15
+    elif BITS == 3:
+        code = ((low >> (2 * slot)) & 3) | (((high >> slot) & 1) << 2)
+    else:
+        code = (low >> (2 * slot)) & 3
+    return code
 
 
 @triton.jit
