@@ -174,6 +174,7 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         for name, plan in plans.items():
             rows[f"{name}-{average}-gptq"] = [*plan, stage("quantize/gptq", bits=4)]
         rows[f"pmq-{average}-rtn"] = [*plans["pmq"], stage("quantize/rtn", bits=4)]
+        rows[f"gemq-{average}-gptq-shrink"] = [*plans["gemq"], stage("quantize/gptq", bits=4, shrink=True)]
         rows[f"gemq-{average}-gptq-eora-4"] = [
             *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
