@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ def forked(folder: Path, *argv: str, code: str) -> tuple[int, str]:
 def _in_child(folder: str, argv: list[str], code: str, said: str) -> None:
     os.setsid()
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     with Path(said).open("w") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)

@@ -114,16 +114,13 @@ def test_exclude_and_include(folder: Path) -> None:
 
 def test_a_point_is_the_recipe_one_would_write(folder: Path) -> None:
     """Same keys as a recipe written by hand, but for the calibration, which points share."""
-    text = SWEEP.replace(
-        "calibrate/statistics\n      with: {", "calibrate/statistics\n      with: {statistics: [ean_sum, gean_sum], "
-    )
+    wanted = "statistics: [absmax, ean_sum, gean_sum], "
+    text = SWEEP.replace("calibrate/statistics\n      with: {", f"calibrate/statistics\n      with: {{{wanted}")
     text = (
         text.replace("    merged: [{run: cluster/hc-smoe}, {run: merge/weighted}]\n", "").split("    int4")[0]
         + "  method.keep: [6, 4]\n"
     )
-    by_hand = EVALUATED.replace("samples: 6", "statistics: [ean_sum, gean_sum], samples: 6").replace(
-        "keep: 4", "keep: 6"
-    )
+    by_hand = EVALUATED.replace("samples: 6", f"{wanted}samples: 6").replace("keep: 4", "keep: 6")
     by_hand = by_hand.replace("  - run: quantize/rtn\n    with: {group_size: 16}\n", "")
     (folder / "hand.yaml").write_text(by_hand)
     hand = make_plan(load_recipe(folder / "hand.yaml"), *model_sketch("toy", None))
