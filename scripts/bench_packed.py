@@ -1,8 +1,8 @@
 """Time of an MoE layer's experts in decode, packed against bfloat16, beside the bytes that must be read.
 
-    python scripts/bench_packed.py --tune        # every shape of a product first, at 4 bits, and takes the best
     python scripts/bench_packed.py
-    for n in $(seq 0 13); do python scripts/bench_packed.py --compile $n & done; wait    # kernels, on all cores
+    python scripts/bench_packed.py --tune 4,2    # every shape of a product first, and takes the best
+    for n in $(seq 0 13); do python scripts/bench_packed.py --tune 4,2 --compile $n & done; wait    # on all cores
 
 Shape of Qwen3-30B-A3B: width 2048, 128 experts of 768 channels, 8 a token; groups of 128. Random routing without
 repetition for each token. Times are those of CUDA graphs over several layers, each with its own weights and routing, so
@@ -34,15 +34,22 @@ from moecli.ops.roofline import gpu_of
 
 HIDDEN, WIDTH, EXPERTS, SLOTS, GROUP = 2048, 768, 128, 8, 128
 LAYERS = 6
-ALONE = [Shape(*s) for s in (
-    (8, 1, 4, 1, 1), (8, 1, 4, 4, 1), (16, 1, 2, 4, 1), (16, 1, 2, 4, 3), (16, 1, 4, 4, 1), (16, 1, 4, 8, 1),
-    (8, 1, 8, 4, 1), (32, 1, 1, 4, 3), (32, 1, 2, 4, 1), (32, 1, 2, 8, 2), (4, 1, 8, 2, 1),
-    (8, 1, 2, 2, 1), (8, 1, 2, 2, 3),
+ALONE = [Shape(rows, 8, parts, parts, stages) for rows, parts, stages in itertools.chain(
+    itertools.product((16, 32), (2, 4, 8), (2, 3, 4)), [(64, 4, 3), (16, 4, 1), (16, 8, 1)],
 )]  # fmt: skip
-TOGETHER = [Shape(rows, 16, 1, warps, stages) for rows, warps, stages in (
-    (16, 1, 3), (16, 2, 3), (32, 2, 3), (32, 4, 2), (32, 4, 4), (64, 4, 1), (64, 4, 3), (64, 4, 4),
-    (128, 4, 3), (128, 8, 3),
+COMBINED = [Shape(rows, 8, 8, 8, stages) for rows in (16, 32) for stages in (1, 2, 3, 4, 6)]
+TOGETHER = [Shape(rows, visits, 1, warps, stages) for rows, visits, warps, stages in itertools.chain(
+    itertools.product((64, 128), (8, 16), (4,), (2, 3, 4, 6)),
+    [(64, 8, 1, 3), (64, 8, 2, 3), (64, 16, 2, 3), (64, 16, 2, 4), (32, 16, 1, 3), (32, 16, 2, 3), (32, 8, 1, 4),
+     (128, 16, 8, 3)],
 )]  # fmt: skip
+MANY = [Shape(rows, visits, 1, 4, stages) for rows in (64, 128) for visits in (16, 32, 64) for stages in (2, 3, 4)]
+TUNED = (
+    (1, "gated", fast.ALONE, ALONE), (1, "combined", fast.ALONE, COMBINED),
+    (64, "gated", fast.TOGETHER, TOGETHER), (64, "plain", fast.TOGETHER, TOGETHER),
+    (256, "gated", fast.TOGETHER, MANY), (256, "plain", fast.TOGETHER, MANY),
+)  # fmt: skip
+"""Tokens, kind of product, where its shape stands, shapes to try. What is best with 64 tokens stays."""
 
 
 def random_packed(bits: int, rows: int, columns: int, experts: int = EXPERTS) -> Packed:
@@ -63,12 +70,11 @@ def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return index, (weight / weight.sum(-1, keepdim=True)).bfloat16()
 
 
-def packed_layer(gate_up: Packed, down: Packed, place: torch.Tensor) -> Callable[..., torch.Tensor]:
+def packed_layer(gate_up: Packed, down: Packed) -> Callable[..., torch.Tensor]:
     def run(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         expert = index.flatten()
         visits = None if len(expert) <= fast.FEW else fast.sort_visits(expert, EXPERTS)
-        y = fast.product(fast.gated_product(x, gate_up, expert, visits), down, expert, visits)
-        return grouped.combine(y, place, weight, False)[0]
+        return fast.combined_product(fast.gated_product(x, gate_up, expert, visits), down, expert, weight, visits)
 
     return run
 
@@ -123,42 +129,64 @@ def distinct(index: torch.Tensor) -> int:
     return len(index.unique())
 
 
-def tune(layers: list[tuple[Packed, Packed]], bandwidth: float) -> None:
-    """Each product alone, at batch 1 and 64: prints all shapes and keeps the best."""
-    for tokens, table, shapes in ((1, fast.ALONE, ALONE), (64, fast.TOGETHER, TOGETHER)):
-        routes = [routing(tokens)[0].flatten() for _ in layers]
+def product_call(kind: str, packed: Packed, tokens: int, index: torch.Tensor, sort: bool) -> Callable[[], Any]:
+    expert, weight = index.flatten(), torch.rand(tokens, SLOTS, device="cuda").bfloat16()
+    visits = fast.sort_visits(expert, packed.low.shape[0]) if sort else None
+    x = torch.randn(tokens if kind == "gated" else tokens * SLOTS, packed.columns, device="cuda").bfloat16()
+    if kind == "combined":
+        return partial(fast.combined_product, x, packed, expert, weight, visits)
+    return partial(fast.gated_product if kind == "gated" else fast.product, x, packed, expert, visits)
+
+
+def tune(layers: list[tuple[Packed, Packed]], bandwidth: float, bits: int) -> None:
+    """Each product alone: prints the shapes and keeps the best."""
+    for tokens, kind, table, shapes in TUNED:
+        routes = [routing(tokens)[0] for _ in layers]
         hit = sum(distinct(route) for route in routes) / len(layers)
-        visits = [None if tokens == 1 else fast.sort_visits(route, EXPERTS) for route in routes]
-        for which, (kind, function) in enumerate((("gated", fast.gated_product), ("plain", fast.product))):
-            count = tokens if kind == "gated" else tokens * SLOTS
-            x = torch.randn(count, layers[0][which].columns, device="cuda").bfloat16()
-            floor = hit * layers[0][which].bytes() / bandwidth * 1e6
-            found = {}
-            for shape in shapes:
-                table[kind] = shape
-                calls = [
-                    partial(function, x, pair[which], e, v) for pair, e, v in zip(layers, routes, visits, strict=True)
-                ]
-                try:
-                    found[shape] = graph_us(calls)
-                except Exception as error:  # a shape that does not fit the device is a row of the table
-                    print("  failed", tokens, kind, shape, str(error)[:200], flush=True)
-                    continue
-                print(f"  {tokens:3} {kind} {tuple(shape)} {found[shape]:.1f} us floor {floor:.1f}", flush=True)
-            table[kind] = min(found, key=found.get)
-            print(f"{tokens:3} {kind} best {tuple(table[kind])} {found[table[kind]]:.1f} us", flush=True)
+        which = 0 if kind == "gated" else 1
+        calls = [
+            product_call(kind, pair[which], tokens, route, tokens > 1)
+            for pair, route in zip(layers, routes, strict=True)
+        ]
+        floor = hit * layers[0][which].bytes() / bandwidth * 1e6
+        found, before = {}, table[kind]
+        for shape in shapes:
+            table[kind] = shape
+            try:
+                found[shape] = graph_us(calls, 10)
+            except Exception as error:  # a shape that does not fit the device is a row of the table
+                print("  failed", bits, tokens, kind, tuple(shape), str(error)[:100].replace("\n", " "), flush=True)
+        order = sorted(found, key=found.get)
+        words = "; ".join(f"{tuple(shape)} {found[shape]:.1f}" for shape in order[:12])
+        print(f"W{bits} batch {tokens} {kind}, floor {floor:.1f}: {words}; worst {found[order[-1]]:.1f}", flush=True)
+        table[kind] = before if tokens > 64 else order[0]
+
+
+def crossing(layers: list[tuple[Packed, Packed]], bits: int) -> None:
+    """A layer with each visit alone and with visits sorted, for few tokens."""
+    before = fast.FEW
+    for tokens in (1, 2, 3, 4, 6, 8, 16):
+        routes, found = [routing(tokens) for _ in layers], []
+        x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+        for few in (1 << 20, 0):
+            fast.FEW = few
+            runs = [packed_layer(*pair) for pair in layers]
+            found.append(graph_us([partial(r, x, *a) for r, a in zip(runs, routes, strict=True)]))
+        print(f"W{bits} batch {tokens}: alone {found[0]:.1f} us, sorted {found[1]:.1f} us", flush=True)
+    fast.FEW = before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", default="", help="bits at which all shapes are tried first")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--batches", default="1,2,4,8,16,64,256,1024")
     parser.add_argument("--compile", type=int, help="only fill the cache of kernels with part N of 14")
     args = parser.parse_args()
     all_bits = [int(bits) for bits in args.bits.split(",")]
+    tuned = [int(bits) for bits in args.tune.split(",") if bits]
     if args.compile is not None:
-        compile_part(args.compile, all_bits, args.tune)
+        compile_part(args.compile, all_bits, tuned)
         return
     torch.manual_seed(0)
     sheet = gpu_of(device_name())
@@ -187,11 +215,11 @@ def main() -> None:
         print("bf16 batch", batch, {k: round(v, 1) for k, v in base[batch].items()}, flush=True)
     for bits in all_bits:
         layers = [(random_packed(bits, 2 * WIDTH, HIDDEN), random_packed(bits, HIDDEN, WIDTH)) for _ in range(LAYERS)]
-        if args.tune and bits == 4:
-            tune(layers, bandwidth)
+        if bits in tuned:
+            tune(layers, bandwidth, bits)
+            crossing(layers, bits)
         for batch in batches:
-            place = torch.arange(batch * SLOTS, device="cuda").view(batch, SLOTS)
-            runs = [packed_layer(*pair, place) for pair in layers]
+            runs = [packed_layer(*pair) for pair in layers]
             calls = [partial(r, inputs[batch], *a) for r, a in zip(runs, routes[batch], strict=True)]
             us = graph_us(calls)
             hit = sum(distinct(index) for index, _ in routes[batch]) / LAYERS
@@ -207,24 +235,21 @@ def main() -> None:
             json.dump({"rows": rows, "alone": fast.ALONE, "together": fast.TOGETHER}, file, indent=1)
 
 
-def compile_part(part: int, all_bits: list[int], tuning: bool) -> None:
+def compile_part(part: int, all_bits: list[int], tuned: list[int]) -> None:
     """Every kernel needed, on two experts."""
-    jobs = [(bits, kind, alone, None) for bits in all_bits for kind in ("gated", "plain") for alone in (True, False)]
-    if tuning:
-        jobs += [(4, kind, True, shape) for kind in ("gated", "plain") for shape in ALONE]
-        jobs += [(4, kind, False, shape) for kind in ("gated", "plain") for shape in TOGETHER]
-    for bits, kind, alone, shape in itertools.islice(jobs, part, None, 14):
-        packed = random_packed(bits, 2 * WIDTH, HIDDEN, 2) if kind == "gated" else random_packed(bits, HIDDEN, WIDTH, 2)
-        if shape is not None:
-            (fast.ALONE if alone else fast.TOGETHER)[kind] = shape
-        expert = torch.arange(8, device="cuda") % 2
-        x = torch.randn(1 if kind == "gated" else 8, packed.columns, device="cuda").bfloat16()
+    jobs = [
+        (bits, kind, table, table[kind]) for bits in all_bits for table in (fast.ALONE, fast.TOGETHER) for kind in table
+    ]
+    jobs += [(bits, kind, table, shape) for bits in tuned for _, kind, table, shapes in TUNED for shape in shapes]
+    for bits, kind, table, shape in itertools.islice(jobs, part, None, 14):
+        rows, columns = (2 * WIDTH, HIDDEN) if kind == "gated" else (HIDDEN, WIDTH)
+        table[kind] = shape
+        index = torch.arange(SLOTS, device="cuda")[None] % 2
         try:
-            visits = None if alone else fast.sort_visits(expert, 2)
-            (fast.gated_product if kind == "gated" else fast.product)(x, packed, expert, visits)
+            product_call(kind, random_packed(bits, rows, columns, 2), 1, index, table is fast.TOGETHER)()
             torch.cuda.synchronize()
         except Exception as error:  # shown again where it is timed
-            print("compile", bits, kind, shape, str(error)[:200])
+            print("compile", bits, kind, tuple(shape), str(error)[:100].replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Products of rounded experts that stay packed: the layout, and what the kernels compute (pure twins).
 
-Letters: E experts, N output rows, K input columns, B blocks of columns, G scales along K, S visits (token, slot).
+Letters: E experts, N output rows, K input columns, B blocks of columns, P slices of a block, G scales along K, S visits
+(token, slot), T tokens, k slots a token.
 
 The layout is made for products, not for files (those keep dense rows, `ops.pack`). Columns come in blocks of
-16 * c, where c is what one word holds: 8 codes of 4 bits, 16 of 2. Code i of word j is column 16 i + j of its block, so
-the codes that a shift brings down belong to 16 columns in a row, and the words of a block stand together for all rows:
+16 * c, where c is what one word holds: 8 codes of 4 bits, 16 of 2. A block is cut into slices of 32 columns, and word j
+holds columns 2 j and 2 j + 1 of every slice: the code of the first in the word's lower half, that of the second in its
+upper half. So one shift and one mask bring down two neighbours where a pair of 16-bit floats has them, and the
+words of a block stand together for all rows:
 
-    low    int32 [E, B, N, 16]    4 bits a code, or 2
-    high   int16 [E, B, N, 16]    with 3 bits a code only: bit i is the third bit of the low word's code i
+    low    int32 [E, B, N, 16]    slice p at bit 4 p of each half, or 2 p of it
+    high   int16 [E, B, N, 16]    with 3 bits a code only: the third bits, at bit p of each half
     scale  [E, G, N]              weight = (code - 2^(bits-1)) * scale, a product taken in the scale's dtype
 
 Three bits are 2 + 1 so that no code straddles words and none is lost: 3.0 bits, where ten in a word are 3.2. The last
@@ -25,6 +28,8 @@ from torch import Tensor
 PACKED_BITS = (2, 3, 4)
 LANES = 16
 """Words of a block's row."""
+SLICE = 2 * LANES
+"""Columns of which one word holds two."""
 
 
 class Packed(NamedTuple):
@@ -55,52 +60,61 @@ def block_of(bits: int) -> int:
 def span_of(bits: int, columns: int, group: int) -> int:
     """Columns that each scale covers in the layout: `group`, or what divides it and a block as well.
 
-    ValueError where that is below 16 columns.
+    ValueError where that is no multiple of 32 columns.
     """
     block = block_of(bits)
     if group >= columns:
         return -(-columns // block) * block
     span = group if group % block == 0 else math.gcd(group, block)
-    if span % LANES:
-        raise ValueError(f"groups of {group} columns cannot stay packed, their size must be a multiple of {LANES}")
+    if span % SLICE:
+        raise ValueError(f"groups of {group} columns cannot stay packed, their size must be a multiple of {SLICE}")
     return span
 
 
 def arrange(codes_ENK: Tensor, scale_ENG: Tensor, bits: int) -> Packed:
     """The layout of int8 codes in [-2^(bits-1), 2^(bits-1) - 1], a scale for each K / G columns.
 
-    ValueError: other bits than 2, 3, 4; G does not divide K; groups that `span_of` refuses.
+    ValueError: other bits than 2, 3, 4; an odd K; G does not divide K; groups that `span_of` refuses.
     """
     if bits not in PACKED_BITS:
         raise ValueError(f"experts of {bits} bits cannot stay packed, only of {', '.join(map(str, PACKED_BITS))}")
     columns, groups, block = codes_ENK.shape[-1], scale_ENG.shape[-1], block_of(bits)
+    if columns % 2:
+        raise ValueError(f"experts of {columns} columns cannot stay packed, their number must be even")
     if columns % groups:
         raise ValueError(f"{groups} scales do not divide {columns} columns")
     span = span_of(bits, columns, columns // groups)
     unsigned = codes_ENK.to(torch.int32) + 2 ** (bits - 1)
     padded = torch.nn.functional.pad(unsigned, (0, -columns % block))
-    slots_EBNcj = padded.unflatten(-1, (-1, block // LANES, LANES)).movedim(2, 1)
+    pairs_EBNPj2 = padded.unflatten(-1, (-1, block // SLICE, LANES, 2)).movedim(2, 1)
     if bits == 4:
-        low, high = _words(slots_EBNcj, 4), None
+        low, high = _words(pairs_EBNPj2, 4, 16), None
     else:
-        low = _words(slots_EBNcj & 3, 2)
-        high = _words(slots_EBNcj >> 2, 1).to(torch.int16) if bits == 3 else None
+        low = _words(pairs_EBNPj2 & 3, 2, 16)
+        high = _words(pairs_EBNPj2 >> 2, 1, 8).to(torch.int16) if bits == 3 else None
     scale_EGN = scale_ENG.repeat_interleave(max(1, columns // groups // span), -1).mT.contiguous()
     return Packed(low, high, scale_EGN, bits, columns, span)
 
 
-def _words(slots_EBNcj: Tensor, bits: int) -> Tensor:
-    shifts = torch.arange(slots_EBNcj.shape[-2], dtype=torch.int32, device=slots_EBNcj.device)[:, None] * bits
-    return (slots_EBNcj << shifts).sum(-2, dtype=torch.int32)
+def _words(pairs_EBNPj2: Tensor, bits: int, half: int) -> Tensor:
+    shifts = _shifts(pairs_EBNPj2.shape[-3], bits, half, pairs_EBNPj2.device)
+    return (pairs_EBNPj2 << shifts).sum((-3, -1), dtype=torch.int32)
+
+
+def _shifts(slices: int, bits: int, half: int, device: torch.device) -> Tensor:
+    """[P, 1, 2]: where the codes of a slice lie in a word whose upper half begins at bit `half`."""
+    starts = torch.arange(slices, dtype=torch.int32, device=device) * bits
+    return torch.stack([starts, starts + half], -1)[:, None]
 
 
 def codes(packed: Packed) -> Tensor:
     """int8 [E, N, K]: what `arrange` was given."""
+    slices, low = block_of(packed.bits) // SLICE, packed.low[..., None, :, None]
     width = 4 if packed.bits == 4 else 2
-    shifts = torch.arange(block_of(packed.bits) // LANES, dtype=torch.int32, device=packed.low.device)[:, None]
-    unsigned = (packed.low[..., None, :] >> shifts * width) & (2**width - 1)
+    unsigned = (low >> _shifts(slices, width, 16, low.device)) & (2**width - 1)
     if packed.high is not None:
-        unsigned |= ((packed.high[..., None, :].to(torch.int32) >> shifts) & 1) << 2
+        third = packed.high[..., None, :, None].to(torch.int32) >> _shifts(slices, 1, 8, low.device)
+        unsigned |= (third & 1) << 2
     signed = (unsigned - 2 ** (packed.bits - 1)).to(torch.int8)
     return signed.movedim(1, 2).flatten(2)[..., : packed.columns]
 
@@ -123,6 +137,12 @@ def gated_product(x_TK: Tensor, packed: Packed, expert_S: Tensor) -> Tensor:
 def product(x_TK: Tensor, packed: Packed, expert_S: Tensor) -> Tensor:
     """W_e x of each visit's expert: [S, N], summed in float32. Visits as in `gated_product`; T may be S."""
     return _sums(x_TK, packed, expert_S).to(x_TK.dtype)
+
+
+def combined_product(x_SK: Tensor, packed: Packed, expert_S: Tensor, weight_Tk: Tensor) -> Tensor:
+    """The weighted sum of W_e x over the slots of each token: [T, N], in float32 and rounded once. S = T k."""
+    weighted = _sums(x_SK, packed, expert_S).unflatten(0, weight_Tk.shape) * weight_Tk.float()[..., None]
+    return weighted.sum(1).to(x_SK.dtype)
 
 
 def _sums(x_TK: Tensor, packed: Packed, expert_S: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ with it alone, `memory: packed` is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -144,15 +144,28 @@ class PackedProjection(nn.Module):
         """Of each visit, by kernels: [S, N], or SiLU(gate) * up [S, N/2]. `visits`: `fast.sort_visits` of the experts,
         or None, where each visit reads its expert for itself.
         """
-        run = fast.gated_product if gated else fast.product
+        run, out = fast.gated_product if gated else fast.product, None
+        for packed, own_S, own_visits in self._shared_out(fast, expert_S, visits):
+            out = run(x_TK, packed, own_S, own_visits, out)
+        return out
+
+    def combined(
+        self, fast: ModuleType, x_SK: Tensor, expert_S: Tensor, weight_Tk: Tensor, visits: Any = None
+    ) -> Tensor:
+        """The weighted sum over the slots of each token, by kernels: [T, N]."""
+        if len(self._kinds) > 1:
+            return fast.combined(self.product(fast, x_SK, expert_S, visits), weight_Tk)
+        return fast.combined_product(x_SK, self.pieces()[0][1], expert_S, weight_Tk, visits)
+
+    def _shared_out(self, fast: ModuleType, expert_S: Tensor, visits: Any) -> Iterator[tuple[Packed, Tensor, Any]]:
+        """Each piece with the place of each visit's expert in it, or -1, and these sorted if `visits` are."""
         pieces = self.pieces()
         if len(pieces) == 1:
-            return run(x_TK, pieces[0][1], expert_S, visits)
-        out = None
+            yield pieces[0][1], expert_S, visits
+            return
         for place_E, packed in pieces:
             own_S = place_E[expert_S]
-            out = run(x_TK, packed, own_S, fast.sort_visits(own_S, packed.low.shape[0]), out)
-        return out
+            yield packed, own_S, None if visits is None else fast.sort_visits(own_S, packed.low.shape[0])
 
 
 def keep_packed(experts: nn.Module) -> None:
@@ -192,10 +205,10 @@ def run_packed(experts: nn.Module, fast: ModuleType, hidden_TD: Tensor, index_Tk
     else:
         both = experts.gate_up_proj.product(fast, hidden_TD, expert_S, visits)
         h_SF = experts._apply_gate(both + experts.gate_up_proj_bias[expert_S] if experts.has_bias else both)
-    y_SD = experts.down_proj.product(fast, h_SF, expert_S, visits)
+    y_TD = experts.down_proj.combined(fast, h_SF, expert_S, weight_Tk, visits)
     if experts.has_bias:
-        y_SD = y_SD + experts.down_proj_bias[expert_S]
-    return (y_SD.view(*index_Tk.shape, -1) * weight_Tk[..., None]).sum(1).to(hidden_TD.dtype)
+        y_TD = y_TD + (experts.down_proj_bias[index_Tk] * weight_Tk[..., None]).sum(1)
+    return y_TD.to(hidden_TD.dtype)
 
 
 def _gated_as_kernels(experts: nn.Module) -> bool:

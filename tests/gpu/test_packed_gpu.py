@@ -21,4 +21,4 @@ def test_packed_products_are_those_of_the_weights_they_stand_for(bits, dtype):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_columns_that_fill_no_block_and_narrow_groups(bits):
     fast = kernels("packed", torch.empty(0, device="cuda"))
-    packed_cases.compare(fast, "cuda", torch.bfloat16, bits, experts=5, width=200, columns=480, group=48)
+    packed_cases.compare(fast, "cuda", torch.bfloat16, bits, experts=5, width=200, columns=480, group=96)

@@ -27,19 +27,25 @@ def build(kernel, pointers, numbers, warps):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 for bits in (2, 3, 4):
-    for kind, rows, columns in (("gated", 1536, 2048), ("plain", 2048, 768)):
+    for kind, rows, columns in (("gated", 1536, 2048), ("plain", 2048, 768), ("combined", 2048, 768)):
         pointers = {"low": "*i32", "high": "*i16" if bits == 3 else "*i32", "scale": "*bf16", "out": "*bf16"}
         sizes = {"K": columns, "N": rows, "B": columns // (128 if bits == 4 else 256), "G": columns // 128,
                  "SPAN": 128, "BITS": bits}
         build(kernels._dequantize, pointers, sizes | {"ROWS": 64}, 4)
         pointers |= {"x": "*bf16", "SLOTS": "i32"}
-        sizes |= {"GATED": kind == "gated"}
-        one, many = kernels.ALONE[kind], kernels.TOGETHER[kind]
-        build(kernels._alone, pointers | {"expert": "*i64"},
-              sizes | {"ROWS": one.rows, "STEP": one.blocks, "STAGES": one.stages}, one.warps)
+        sizes |= {"KIND": kind}
+        one = kernels.ALONE[kind]
+        text = build(kernels._alone, pointers | {"x": "*i32", "expert": "*i64", "weight": "*bf16"},
+                     sizes | {"ROWS": one.rows, "WIDE": one.visits, "PARTS": one.parts, "STAGES": one.stages}, one.warps)
+        assert "mma" in text, "runs on tensor cores"
+        if kind == "combined":
+            continue
+        many = kernels.TOGETHER[kind]
         text = build(kernels._together, pointers | {"order": "*i32", "start": "*i32"},
                      sizes | {"ROWS": many.rows, "VISITS": many.visits, "STAGES": many.stages}, many.warps)
         assert "mma" in text, "runs on tensor cores"
+build(kernels._weigh, {"y": "*bf16", "weight": "*bf16", "out": "*bf16", "SLOTS": "i32", "N": "i32"},
+      {"COLUMNS": 512}, 2)
 order = {"expert": "*i64", "order": "*i32", "start": "*i32", "S": "i32"}
 build(kernels._order, order, {"E": 128, "VISITS": 1024, "CHUNK": 8}, 4)
 """

@@ -14,10 +14,13 @@ from moecli.ops.pack import pack_rows, quantize_rtn
 from moecli.runtime.packed import PackedProjection, kept, run_packed
 from tests.runtime.compact import EXPERTS, FAMILIES, TOKENS, logits, make_model, write_compact
 
+GROUP = 32
 TWIN = SimpleNamespace(
     FEW=16,
     product=lambda x, p, e, visits=None, out=None: _into(out, twin.product, x, p, e),
     gated_product=lambda x, p, e, visits=None, out=None: _into(out, twin.gated_product, x, p, e),
+    combined_product=lambda x, p, e, w, visits=None: twin.combined_product(x, p, e, w),
+    combined=lambda y, w: (y.unflatten(0, w.shape) * w[..., None]).sum(1),
     sort_visits=lambda expert, experts: None,
 )
 """The kernels' twins under the kernels' signature."""
@@ -49,7 +52,7 @@ def projections(model):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_model_computes_what_it_computes_when_loaded_dense(family, bits, tmp_path):
     folder = write_compact(
-        make_model(tmp_path / "source", family, torch.bfloat16), tmp_path / "compact", {0: 4, 1: EXPERTS}, bits
+        make_model(tmp_path / "source", family, torch.bfloat16), tmp_path / "compact", {0: 4, 1: EXPERTS}, bits, GROUP
     )
     model = packed_model(folder)
     assert len(projections(model)) == 4
@@ -59,7 +62,7 @@ def test_the_model_computes_what_it_computes_when_loaded_dense(family, bits, tmp
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_the_kernels_are_given_makes_the_stock_result(family, tmp_path, monkeypatch):
-    folder = write_compact(make_model(tmp_path / "source", family), tmp_path / "compact", {0: 4, 1: EXPERTS}, 3)
+    folder = write_compact(make_model(tmp_path / "source", family), tmp_path / "compact", {0: 4, 1: EXPERTS}, 3, GROUP)
     model = packed_model(folder)
     calls = []
 
@@ -77,7 +80,7 @@ def test_what_the_kernels_are_given_makes_the_stock_result(family, tmp_path, mon
 
 def test_experts_take_their_bits(tmp_path):
     folder = write_compact(
-        make_model(tmp_path / "source", "qwen3_moe", torch.bfloat16), tmp_path / "compact", {0: 8, 1: 8}, 4
+        make_model(tmp_path / "source", "qwen3_moe", torch.bfloat16), tmp_path / "compact", {0: 8, 1: 8}, 4, GROUP
     )
     model = packed_model(folder)
     assert not any(".experts." in name for name, _ in model.named_parameters())
@@ -89,7 +92,7 @@ def test_experts_take_their_bits(tmp_path):
 
 def test_a_dtype_asked_for_is_that_of_the_products_only(tmp_path):
     folder = write_compact(
-        make_model(tmp_path / "source", "mixtral", torch.bfloat16), tmp_path / "compact", {0: 8, 1: 8}, 4
+        make_model(tmp_path / "source", "mixtral", torch.bfloat16), tmp_path / "compact", {0: 8, 1: 8}, 4, GROUP
     )
     model = packed_model(folder, dtype=torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -99,23 +102,26 @@ def test_a_dtype_asked_for_is_that_of_the_products_only(tmp_path):
 
 def test_bits_may_differ_by_expert():
     rng = torch.Generator().manual_seed(0)
-    weights = [torch.randn(6, 32, generator=rng) for _ in range(4)]
+    weights = [torch.randn(6, 64, generator=rng) for _ in range(4)]
     experts, dense = [], []
     for bits, weight in zip((4, 2, 4, 3), weights, strict=True):
-        codes, scale = quantize_rtn(weight, bits, 16)
-        experts.append([(pack_rows(codes, bits), scale, torch.tensor([6, 32]))])
-        dense.append(codes * scale.repeat_interleave(16, 1))
+        codes, scale = quantize_rtn(weight, bits, GROUP)
+        experts.append([(pack_rows(codes, bits), scale, torch.tensor([6, 64]))])
+        dense.append(codes * scale.repeat_interleave(GROUP, 1))
     projection = PackedProjection(kept(experts))
     assert torch.equal(projection.dense(torch.float32), torch.stack(dense))
-    x, expert = torch.randn(3, 32, generator=rng), torch.tensor([3, 0, 1, 2, 1, 3])
+    x, expert = torch.randn(3, 64, generator=rng), torch.tensor([3, 0, 1, 2, 1, 3])
     found = projection.product(TWIN, x, expert)
     wanted = torch.stack([dense[e] @ x[s // 2] for s, e in enumerate(expert.tolist())])
     torch.testing.assert_close(found, wanted)
+    share = torch.rand(3, 2, generator=rng)
+    mixed = projection.combined(TWIN, x.repeat_interleave(2, 0), expert, share)
+    torch.testing.assert_close(mixed, (wanted.unflatten(0, (3, 2)) * share[..., None]).sum(1))
 
 
 def test_a_layer_may_be_dense_beside_packed_ones(tmp_path):
     source = make_model(tmp_path / "source")
-    folder = write_compact(source, tmp_path / "compact", {0: EXPERTS, 1: EXPERTS}, 4)
+    folder = write_compact(source, tmp_path / "compact", {0: EXPERTS, 1: EXPERTS}, 4, GROUP)
     tensors = load_file(folder / "model.safetensors")
     stock = {n: t for n, t in load_file(source / "model.safetensors").items() if "layers.1.mlp.experts." in n}
     others = {n: t for n, t in tensors.items() if "layers.1.mlp.experts." not in n}
@@ -128,7 +134,7 @@ def test_a_layer_may_be_dense_beside_packed_ones(tmp_path):
 
 def test_what_cannot_stay_packed_is_refused(tmp_path):
     source = make_model(tmp_path / "source")
-    folder = write_compact(source, tmp_path / "compact", {0: EXPERTS, 1: EXPERTS}, 4)
+    folder = write_compact(source, tmp_path / "compact", {0: EXPERTS, 1: EXPERTS}, 4, GROUP)
     with pytest.raises(ValueError, match="not serializable"):
         packed_model(folder).save_pretrained(tmp_path / "again")
     config = json.loads((folder / "config.json").read_text())

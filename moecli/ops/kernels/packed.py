@@ -1,11 +1,14 @@
 """Triton twins of `moecli.ops.packed`: products with experts that stay packed, one launch for all of a projection.
 
-A program has one expert and some of its rows (with gating: the same rows of gate and up), and goes along the columns.
-One token alone needs no order: a program takes one visit and multiplies in float32, its time is that of reading the
-words. With more tokens `_order` sorts the visits in one launch, without a word to the host; programs of experts without
-visits end at once, the others run tensor cores over up to 16 or more visits at a time. All of it can be captured in a
-CUDA graph. Codes become floats by bits set in a number whose last place is 1, exactly; their product with the scale is
-taken in the scale's dtype before tensor cores, as in the twin, and in float32 after the sum where one token is alone.
+A program has some of the output rows (with gating: the same rows of gate and up) and goes along the columns; its warps
+dequantize in registers and multiply on tensor cores. Few visits read their experts each for itself (`_alone`): the
+warps of a program share the columns between them, or the slots of a token whose weighted sum it makes. More are sorted
+by expert in one launch, without a word to the host, and a program takes the visits of one expert, some at a time
+(`_together`); programs of experts without visits end at once. All of it can be captured in a CUDA graph.
+
+A shift and a mask bring down the codes of two neighbouring columns, bits of a number whose last place is 1 make them a
+pair of floats, exactly. Scales are applied in float32, to the sum over the columns that share one: the weights of the
+twin are products rounded to the scale's dtype, so the results differ by that rounding.
 """
 
 from __future__ import annotations
@@ -17,46 +20,195 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moecli.ops.packed import LANES, Packed, block_of
+from moecli.ops.packed import LANES, SLICE, Packed, block_of
 
 
 class Shape(NamedTuple):
-    """How a product is cut: output rows and visits of a program, blocks of columns in one step, warps, stages."""
+    """How a product is cut."""
 
     rows: int
+    """Output rows of a program"""
     visits: int
-    blocks: int
+    """Of an expert that a program takes at a time; 8 for one that stands alone, the fewest that tensor cores take"""
+    parts: int
+    """Blocks of columns that the warps of a program share between them, or slots; 1 where visits are sorted"""
     warps: int
     stages: int
 
 
-# Neither these shapes nor any other were timed on a device yet: `scripts/bench_packed.py --tune` does.
-ALONE = {"gated": Shape(16, 1, 4, 4, 2), "plain": Shape(16, 1, 2, 4, 2)}
-TOGETHER = {"gated": Shape(32, 16, 1, 4, 3), "plain": Shape(64, 16, 1, 4, 3)}
+ALONE = {"gated": Shape(16, 8, 4, 4, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
+TOGETHER = {"gated": Shape(64, 16, 1, 4, 3), "plain": Shape(64, 16, 1, 4, 3)}
 
 
 @triton.jit
-def _float(code, HALF: tl.constexpr, dtype: tl.constexpr):
-    """code - HALF, exactly: the code's bits are the last of a number above all codes."""
+def _words(low, high, at, inside, BITS: tl.constexpr):
+    """Words of codes, and of third bits: those of a word's halves 16 bits apart, the first at bit 2."""
+    word = tl.load(low + at, mask=inside, other=0)
+    third = word
+    if BITS == 3:
+        third = tl.load(high + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        third = (third | (third << 8)) << 2
+    return word, third
+
+
+@triton.jit
+def _pairs(word, third, slice: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """[..., 16, 2]: the codes of a slice less 2^(BITS-1), exactly."""
+    HALF: tl.constexpr = 2 ** (BITS - 1)
+    MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00030003
     # one return at the end: Triton compiles what follows a return in a branch
+    both = (word >> (4 if BITS == 4 else 2) * slice) & MASK
+    if BITS == 3:
+        both |= (third >> slice) & 0x00040004
     if dtype == tl.bfloat16:
-        value = (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128 + HALF)
+        both |= 0x43004300
     elif dtype == tl.float16:
-        value = (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (1024 + HALF)
+        both |= 0x64006400
+    first, second = both & 0xFFFF, both >> 16
+    if dtype == tl.float32:
+        value = tl.join(first, second).to(tl.float32) - HALF
     else:
-        value = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+        ONE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+        pair = tl.join(first.to(tl.int16).to(dtype, bitcast=True), second.to(tl.int16).to(dtype, bitcast=True))
+        value = pair - (ONE + HALF)
     return value
 
 
 @triton.jit
-def _codes(low, high, slot: tl.constexpr, BITS: tl.constexpr):
-    if BITS == 4:
-        code = (low >> (4 * slot)) & 15
-    elif BITS == 3:
-        code = ((low >> (2 * slot)) & 3) | (((high >> slot) & 1) << 2)
+def _inputs(x, at, inside, dtype: tl.constexpr):
+    """[PARTS, 32, 1]: pairs of inputs. Read as one number each where they are 16 bits: fewer than there are threads,
+    so that the compiler reads them where tensor cores want them, and not by way of shared memory.
+    """
+    if dtype == tl.float32:
+        pair = tl.join(tl.load(x + 2 * at, mask=inside, other=0.0), tl.load(x + 2 * at + 1, mask=inside, other=0.0))
     else:
-        code = (low >> (2 * slot)) & 3
-    return code
+        both = tl.load(x + at, mask=inside, other=0)
+        first, second = (both & 0xFFFF).to(tl.int16), (both >> 16).to(tl.int16)
+        pair = tl.join(first.to(dtype, bitcast=True), second.to(dtype, bitcast=True))
+    return tl.reshape(tl.permute(pair, (0, 1, 3, 2)), [at.shape[0], 32, 1])
+
+
+@triton.jit
+def _alone(
+    x, expert, weight, low, high, scale, out, SLOTS, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    G: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    GATED: tl.constexpr = KIND == "gated"
+    COMBINED: tl.constexpr = KIND == "combined"
+    BLOCK: tl.constexpr = 128 if BITS == 4 else 256
+    SHARED: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
+    F: tl.constexpr = N // 2 if GATED else N
+    STEP: tl.constexpr = 1 if COMBINED else PARTS
+    kind: tl.constexpr = out.dtype.element_ty
+    part = tl.arange(0, PARTS)
+    if COMBINED:  # a program for a token, a part for each of its slots
+        visit = (tl.program_id(1) * SLOTS + part).to(tl.int64)
+        e = tl.load(expert + visit, mask=part < SLOTS, other=-1)[:, None, None]
+        token = (visit * (K // 2))[:, None, None]
+        at_block = tl.zeros([PARTS, 1, 1], tl.int32)
+    else:  # a program for a visit, a part for some of its columns
+        visit = tl.program_id(1).to(tl.int64) + tl.zeros([1], tl.int64)
+        e = tl.load(expert + visit)[:, None, None]
+        token = (visit // SLOTS * (K // 2))[:, None, None]
+        at_block = part[:, None, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
+    lane = tl.arange(0, 16)[None, None, :]
+    pair = tl.arange(0, 16)[None, :, None]
+    present = (e >= 0) & (row < F)
+    total = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
+    other = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
+    for first in tl.range(0, B, STEP, num_stages=STAGES):
+        block = at_block + first
+        at = ((e * B + block) * N + row) * 16 + lane
+        inside = present & (block < B)
+        word, third = _words(low, high, at, inside, BITS)
+        if GATED:
+            word2, third2 = _words(low, high, at + F * 16, inside, BITS)
+        for group in tl.static_range(BLOCK // SHARED):
+            sums = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
+            sums2 = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
+            for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
+                at_pair = block * (BLOCK // 2) + slice * 16 + pair
+                value = _inputs(x, token + at_pair, (e >= 0) & (2 * at_pair < K), kind)
+                value = tl.broadcast_to(value, [PARTS, 32, WIDE])
+                codes = tl.reshape(_pairs(word, third, slice, BITS, kind), [PARTS, ROWS, 32])
+                sums = tl.dot(codes, value, sums, input_precision="ieee")
+                if GATED:
+                    codes = tl.reshape(_pairs(word2, third2, slice, BITS, kind), [PARTS, ROWS, 32])
+                    sums2 = tl.dot(codes, value, sums2, input_precision="ieee")
+            where = scale + (e * G + tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)) * N + row
+            total += sums * tl.load(where, mask=present, other=0.0).to(tl.float32)
+            if GATED:
+                other += sums2 * tl.load(where + F, mask=present, other=0.0).to(tl.float32)
+    column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if COMBINED:
+        total *= tl.load(weight + visit, mask=part < SLOTS, other=0.0).to(tl.float32)[:, None, None]
+        target = out + tl.program_id(1).to(tl.int64) * F + column
+        known = column < F
+    else:
+        target = out + visit * F + column
+        known = (column < F) & (tl.load(expert + visit) >= 0)
+    result = _first(total)
+    if GATED:
+        result = result / (1.0 + tl.exp(-result)) * _first(other)
+    tl.store(target, result.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _first(total):
+    """Summed over the parts, one of the columns, which are all alike: [ROWS]."""
+    total = tl.sum(total, 0)
+    return tl.sum(tl.where(tl.arange(0, total.shape[1])[None, :] == 0, total, 0.0), 1)
+
+
+@triton.jit
+def _together(
+    x, order, start, low, high, scale, out, SLOTS, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
+    SPAN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, VISITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    GATED: tl.constexpr = KIND == "gated"
+    BLOCK: tl.constexpr = 128 if BITS == 4 else 256
+    SHARED: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
+    F: tl.constexpr = N // 2 if GATED else N
+    kind: tl.constexpr = x.dtype.element_ty
+    e = tl.program_id(1).to(tl.int64)
+    begin = tl.load(start + e)
+    end = tl.load(start + e + 1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    lane = tl.arange(0, 16)[None, :]
+    inner = tl.arange(0, 32)[:, None]
+    for here in range(begin, end, VISITS):
+        at_visit = (here + tl.arange(0, VISITS))[None, :]
+        present = at_visit < end
+        visit = tl.load(order + at_visit, mask=present, other=0).to(tl.int64)
+        token = x + (visit // SLOTS) * K
+        total = tl.zeros([ROWS, VISITS], tl.float32)
+        other = tl.zeros([ROWS, VISITS], tl.float32)
+        for block in tl.range(0, B, num_stages=STAGES):
+            at = ((e * B + block) * N + row) * 16 + lane
+            word, third = _words(low, high, at, row < F, BITS)
+            if GATED:
+                word2, third2 = _words(low, high, at + F * 16, row < F, BITS)
+            for group in tl.static_range(BLOCK // SHARED):
+                sums = tl.zeros([ROWS, VISITS], tl.float32)
+                sums2 = tl.zeros([ROWS, VISITS], tl.float32)
+                for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
+                    column = block * BLOCK + slice * 32 + inner
+                    value = tl.load(token + column, mask=present & (column < K), other=0.0)
+                    codes = tl.reshape(_pairs(word, third, slice, BITS, kind), [ROWS, 32])
+                    sums = tl.dot(codes, value, sums, input_precision="ieee")
+                    if GATED:
+                        codes = tl.reshape(_pairs(word2, third2, slice, BITS, kind), [ROWS, 32])
+                        sums2 = tl.dot(codes, value, sums2, input_precision="ieee")
+                where = scale + (e * G + tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)) * N + row
+                total += sums * tl.load(where, mask=row < F, other=0.0).to(tl.float32)
+                if GATED:
+                    other += sums2 * tl.load(where + F, mask=row < F, other=0.0).to(tl.float32)
+        if GATED:
+            total = total / (1.0 + tl.exp(-total)) * other
+        tl.store(out + visit * F + row, total.to(out.dtype.element_ty), mask=present & (row < F))
 
 
 @triton.jit
@@ -74,106 +226,14 @@ def _order(expert, order, start, S, E: tl.constexpr, VISITS: tl.constexpr, CHUNK
 
 
 @triton.jit
-def _alone(
-    x, expert, low, high, scale, out, SLOTS, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
-    SPAN: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    PER: tl.constexpr = 8 if BITS == 4 else 16
-    BLOCK: tl.constexpr = PER * 16
-    PART: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
-    F: tl.constexpr = N // 2 if GATED else N
-    HALF: tl.constexpr = 2 ** (BITS - 1)
-    visit = tl.program_id(1).to(tl.int64)
-    e = tl.load(expert + visit).to(tl.int64)
-    step = tl.arange(0, STEP)[:, None, None]
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
-    lane = tl.arange(0, 16)[None, None, :]
-    token = x + (visit // SLOTS) * K
-    total = tl.zeros([STEP, ROWS, 16], tl.float32)
-    other = tl.zeros([STEP, ROWS, 16], tl.float32)
-    for first in tl.range(0, B, STEP, num_stages=STAGES):
-        block = first + step
-        at = ((e * B + block) * N + row) * 16 + lane
-        inside = (block < B) & (row < F)
-        word = tl.load(low + at, mask=inside, other=0)
-        third = tl.load(high + at, mask=inside, other=0).to(tl.int32) if BITS == 3 else word
-        if GATED:
-            word2 = tl.load(low + at + F * 16, mask=inside, other=0)
-            third2 = tl.load(high + at + F * 16, mask=inside, other=0).to(tl.int32) if BITS == 3 else word2
-        for part in tl.static_range(BLOCK // PART):
-            group = tl.minimum((block * BLOCK + part * PART) // SPAN, G - 1)
-            where = scale + (e * G + group) * N + row
-            sums = tl.zeros([STEP, ROWS, 16], tl.float32)
-            sums2 = tl.zeros([STEP, ROWS, 16], tl.float32)
-            for i in tl.static_range(PART // 16):
-                slot = part * (PART // 16) + i
-                column = block * BLOCK + slot * 16 + lane
-                value = tl.load(token + column, mask=column < K, other=0.0).to(tl.float32)
-                sums += value * _float(_codes(word, third, slot, BITS), HALF, tl.float32)
-                if GATED:
-                    sums2 += value * _float(_codes(word2, third2, slot, BITS), HALF, tl.float32)
-            total += sums * tl.load(where, mask=row < F, other=0.0).to(tl.float32)
-            if GATED:
-                other += sums2 * tl.load(where + F, mask=row < F, other=0.0).to(tl.float32)
-    result = tl.sum(tl.sum(total, 2), 0)
-    if GATED:
-        result = result / (1.0 + tl.exp(-result)) * tl.sum(tl.sum(other, 2), 0)
-    column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(out + visit * F + column, result.to(out.dtype.element_ty), mask=column < F)
-
-
-@triton.jit
-def _together(
-    x, order, start, low, high, scale, out, SLOTS, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
-    SPAN: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, VISITS: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    PER: tl.constexpr = 8 if BITS == 4 else 16
-    BLOCK: tl.constexpr = PER * 16
-    PART: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
-    F: tl.constexpr = N // 2 if GATED else N
-    HALF: tl.constexpr = 2 ** (BITS - 1)
-    kind: tl.constexpr = x.dtype.element_ty
-    exact: tl.constexpr = "ieee"
-    e = tl.program_id(1).to(tl.int64)
-    begin = tl.load(start + e)
-    end = tl.load(start + e + 1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    lane = tl.arange(0, 16)[None, :]
-    for here in range(begin, end, VISITS):
-        at_visit = here + tl.arange(0, VISITS)
-        visit = tl.load(order + at_visit, mask=at_visit < end, other=0).to(tl.int64)[:, None]
-        present = (at_visit < end)[:, None]
-        token = x + (visit // SLOTS) * K
-        total = tl.zeros([VISITS, ROWS], tl.float32)
-        other = tl.zeros([VISITS, ROWS], tl.float32)
-        for block in tl.range(0, B, num_stages=STAGES):
-            at = ((e * B + block) * N + row) * 16 + lane
-            word = tl.load(low + at, mask=row < F, other=0)
-            third = tl.load(high + at, mask=row < F, other=0).to(tl.int32) if BITS == 3 else word
-            if GATED:
-                word2 = tl.load(low + at + F * 16, mask=row < F, other=0)
-                third2 = tl.load(high + at + F * 16, mask=row < F, other=0).to(tl.int32) if BITS == 3 else word2
-            for part in tl.static_range(BLOCK // PART):
-                group = tl.minimum((block * BLOCK + part * PART) // SPAN, G - 1)
-                where = scale + (e * G + group) * N + row
-                factor = tl.load(where, mask=row < F, other=0.0)
-                if GATED:
-                    factor2 = tl.load(where + F, mask=row < F, other=0.0)
-                for i in tl.static_range(PART // 16):
-                    slot = part * (PART // 16) + i
-                    column = block * BLOCK + slot * 16 + lane
-                    value = tl.load(token + column, mask=present & (column < K), other=0.0)
-                    weight = _float(_codes(word, third, slot, BITS), HALF, factor.dtype) * factor
-                    total = tl.dot(value, weight.to(kind).T, total, input_precision=exact)
-                    if GATED:
-                        weight2 = _float(_codes(word2, third2, slot, BITS), HALF, factor.dtype) * factor2
-                        other = tl.dot(value, weight2.to(kind).T, other, input_precision=exact)
-        if GATED:
-            total = total / (1.0 + tl.exp(-total)) * other
-        column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :]
-        tl.store(out + visit * F + column, total.to(out.dtype.element_ty), mask=present & (column < F))
+def _weigh(y, weight, out, SLOTS, N, COLUMNS: tl.constexpr):
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for visit in range(token * SLOTS, (token + 1) * SLOTS):
+        value = tl.load(y + visit * N + column, mask=column < N, other=0.0).to(tl.float32)
+        total += value * tl.load(weight + visit).to(tl.float32)
+    tl.store(out + token * N + column, total.to(out.dtype.element_ty), mask=column < N)
 
 
 @triton.jit
@@ -181,21 +241,17 @@ def _dequantize(
     low, high, scale, out, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr, G: tl.constexpr,
     SPAN: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    PER: tl.constexpr = 8 if BITS == 4 else 16
-    BLOCK: tl.constexpr = PER * 16
-    HALF: tl.constexpr = 2 ** (BITS - 1)
+    BLOCK: tl.constexpr = 128 if BITS == 4 else 256
     e = tl.program_id(2).to(tl.int64)
     block = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    lane = tl.arange(0, 16)[None, :]
-    at = ((e * B + block) * N + row) * 16 + lane
-    word = tl.load(low + at, mask=row < N, other=0)
-    third = tl.load(high + at, mask=row < N, other=0).to(tl.int32) if BITS == 3 else word
-    for slot in tl.static_range(PER):
-        group = tl.minimum((block * BLOCK + slot * 16) // SPAN, G - 1)
+    word, third = _words(low, high, ((e * B + block) * N + row) * 16 + tl.arange(0, 16)[None, :], row < N, BITS)
+    inner = tl.arange(0, 32)[None, :]
+    for slice in tl.static_range(BLOCK // 32):
+        group = tl.minimum((block * BLOCK + slice * 32) // SPAN, G - 1)
         factor = tl.load(scale + (e * G + group) * N + row, mask=row < N, other=0.0)
-        weight = _float(_codes(word, third, slot, BITS), HALF, factor.dtype) * factor
-        column = block * BLOCK + slot * 16 + lane
+        weight = tl.reshape(_pairs(word, third, slice, BITS, factor.dtype), [ROWS, 32]) * factor
+        column = block * BLOCK + slice * 32 + inner
         tl.store(out + (e * N + row) * K + column, weight, mask=(row < N) & (column < K))
 
 
@@ -252,31 +308,56 @@ def product(
     return _product(x_TK, packed, expert_S, visits, out, "plain")
 
 
-def _product(
-    x: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None, out: Tensor | None, kind: str
+def combined_product(
+    x_SK: Tensor, packed: Packed, expert_S: Tensor, weight_Tk: Tensor, visits: Visits | None = None
 ) -> Tensor:
-    """Without `visits` each visit reads its expert for itself; with them, what `out` has of visits that belong to none
-    stays.
+    if visits is not None:
+        return combined(_product(x_SK, packed, expert_S, visits, None, "plain"), weight_Tk)
+    return _product(x_SK, packed, expert_S, None, None, "combined", weight_Tk)
+
+
+def combined(y_SN: Tensor, weight_Tk: Tensor) -> Tensor:
+    """The weighted sum over the slots of each token: [T, N], in float32 and rounded once."""
+    (tokens, slots), width = weight_Tk.shape, y_SN.shape[1]
+    out = y_SN.new_empty(tokens, width)
+    columns = min(512, triton.next_power_of_2(width))
+    grid = (triton.cdiv(width, columns), tokens)
+    _weigh[grid](y_SN, weight_Tk.contiguous(), out, slots, width, columns, num_warps=2)
+    return out
+
+
+def _product(
+    x: Tensor, packed: Packed, expert_S: Tensor, visits: Visits | None, out: Tensor | None, kind: str,
+    weight_Tk: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Without `visits` each visit reads its expert for itself. Visits of an expert below 0 belong to none: what `out`
+    has of them stays.
     """
     x, low, scale = x.contiguous(), packed.low, packed.scale_EGN
     high = low if packed.high is None else packed.high
     experts, blocks, rows = low.shape[:3]
-    gated = kind == "gated"
-    width = rows // 2 if gated else rows
-    out = x.new_empty(len(expert_S), width) if out is None else out
-    sizes = (len(expert_S) // len(x), packed.columns, rows, blocks, scale.shape[1], packed.span, packed.bits, gated)
-    shape = (ALONE if visits is None else TOGETHER)[kind]
-    tiles = triton.cdiv(width, shape.rows)
+    width = rows // 2 if kind == "gated" else rows
+    count = len(expert_S) if weight_Tk is None else len(weight_Tk)
+    out = x.new_empty(count, width) if out is None else out
+    slots = len(expert_S) // (len(x) if weight_Tk is None else count)
+    sizes = (slots, packed.columns, rows, blocks, scale.shape[1], packed.span, packed.bits, kind)
     if visits is None:
-        step = min(shape.blocks, triton.next_power_of_2(blocks))
-        _alone[(tiles, len(expert_S))](
-            x, expert_S, low, high, scale, out, *sizes, shape.rows, step, shape.stages, num_warps=shape.warps
-        )
+        shape = ALONE[kind]
+        parts = triton.next_power_of_2(slots if kind == "combined" else min(shape.parts, blocks))
+        grid = (triton.cdiv(width, shape.rows), count)
+        weight = expert_S if weight_Tk is None else weight_Tk.contiguous()
+        pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
+        _alone[grid](
+            pairs, expert_S, weight, low, high, scale, out, *sizes, shape.rows, shape.visits, parts, shape.stages,
+            num_warps=min(shape.warps, parts),
+        )  # fmt: skip
     else:
-        _together[(tiles, experts)](
+        shape = TOGETHER[kind]
+        grid = (triton.cdiv(width, shape.rows), experts)
+        _together[grid](
             x, *visits, low, high, scale, out, *sizes, shape.rows, shape.visits, shape.stages, num_warps=shape.warps
         )
     return out
 
 
-assert LANES == 16 and block_of(4) == 128, "the kernels have these numbers written into them"
+assert (LANES, SLICE, block_of(4)) == (16, 32, 128), "the kernels have these numbers written into them"
