@@ -36,7 +36,8 @@ for bits in (2, 3, 4):
         sizes |= {"KIND": kind}
         one = kernels.ALONE[kind]
         text = build(kernels._alone, pointers | {"x": "*i32", "expert": "*i64", "weight": "*bf16"},
-                     sizes | {"ROWS": one.rows, "WIDE": one.visits, "PARTS": one.parts, "STAGES": one.stages}, one.warps)
+                     sizes | {"ROWS": one.rows, "WIDE": one.visits, "PARTS": one.parts, "STAGES": one.stages,
+                              "EARLY": True}, one.warps)
         assert "mma" in text, "runs on tensor cores"
         if kind == "combined":
             continue

@@ -6,9 +6,11 @@ warps of a program share the columns between them, or the slots of a token whose
 by expert in one launch, without a word to the host, and a program takes the visits of one expert, some at a time
 (`_together`); programs of experts without visits end at once. All of it can be captured in a CUDA graph.
 
-A shift and a mask bring down the codes of two neighbouring columns, bits of a number whose last place is 1 make them a
-pair of floats, exactly. Scales are applied in float32, to the sum over the columns that share one: the weights of the
-twin are products rounded to the scale's dtype, so the results differ by that rounding.
+A shift and a mask bring down the codes of two neighbouring columns, the first bits of two floats behind a leading 1:
+code + 2^bits, exactly. Where visits are sorted, 1.5 * 2^bits is taken off the codes; where they are not, off the sum
+over the columns that share a scale: a product of the inputs with ones more, and an operation on each weight less. The
+scale is applied to that sum, in float32. The twin's weights are rounded to the scale's dtype, so the results differ by
+that rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecli.ops.packed import LANES, SLICE, Packed, block_of
 
@@ -36,42 +39,59 @@ class Shape(NamedTuple):
     stages: int
 
 
+EARLY = torch.cuda.is_available()
+"""Whether a product begins while the one that it reads from ends."""
 ALONE = {"gated": Shape(16, 8, 4, 4, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
-TOGETHER = {"gated": Shape(64, 16, 1, 4, 3), "plain": Shape(64, 16, 1, 4, 3)}
+TOGETHER = {"gated": Shape(64, 8, 1, 4, 3), "plain": Shape(64, 8, 1, 4, 3)}
 
 
 @triton.jit
 def _words(low, high, at, inside, BITS: tl.constexpr):
-    """Words of codes, and of third bits: those of a word's halves 16 bits apart, the first at bit 2."""
+    """Words of codes, and of third bits: those of a word's halves 16 bits apart."""
     word = tl.load(low + at, mask=inside, other=0)
     third = word
     if BITS == 3:
         third = tl.load(high + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        third = (third | (third << 8)) << 2
+        third = third | (third << 8)
     return word, third
 
 
 @triton.jit
-def _pairs(word, third, slice: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """[..., 16, 2]: the codes of a slice less 2^(BITS-1), exactly."""
-    HALF: tl.constexpr = 2 ** (BITS - 1)
-    MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00030003
+def _leading(zero, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Twice the bits of 2^BITS in 16-bit floats. `zero` is 0, and nothing that the compiler knows: a number of its own
+    spares an operation for each pair of weights.
+    """
+    exponent: tl.constexpr = (127 + BITS) << 7 if dtype == tl.bfloat16 else (15 + BITS) << 10
+    return zero | (exponent * 0x10001)
+
+
+@triton.jit
+def _pairs(word, third, leading, slice: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """[..., 16, 2]: the unsigned codes of a slice plus 2^BITS, exactly."""
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    PLACE: tl.constexpr = 0 if dtype == tl.float32 else (7 if dtype == tl.bfloat16 else 10) - BITS
     # one return at the end: Triton compiles what follows a return in a branch
-    both = (word >> (4 if BITS == 4 else 2) * slice) & MASK
+    both = _shifted(word, WIDTH * slice - PLACE) & ((2**WIDTH - 1 << PLACE) * 0x10001)
+    if dtype != tl.float32:
+        both ^= leading  # not |, which compilers would put after the next one, where it takes an operation of its own
     if BITS == 3:
-        both |= (third >> slice) & 0x00040004
-    if dtype == tl.bfloat16:
-        both |= 0x43004300
-    elif dtype == tl.float16:
-        both |= 0x64006400
+        both |= _shifted(third, slice - PLACE - 2) & ((4 << PLACE) * 0x10001)
     first, second = both & 0xFFFF, both >> 16
     if dtype == tl.float32:
-        value = tl.join(first, second).to(tl.float32) - HALF
+        pair = tl.join(first, second).to(tl.float32) + 2**BITS
     else:
-        ONE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
-        pair = tl.join(first.to(tl.int16).to(dtype, bitcast=True), second.to(tl.int16).to(dtype, bitcast=True))
-        value = pair - (ONE + HALF)
-    return value
+        first, second = first.to(tl.int16), second.to(tl.int16)
+        pair = tl.join(first.to(dtype, bitcast=True), second.to(dtype, bitcast=True))
+    return pair
+
+
+@triton.jit
+def _shifted(word, right: tl.constexpr):
+    if right > 0:
+        word = word >> right
+    elif right < 0:
+        word = word << -right
+    return word
 
 
 @triton.jit
@@ -92,7 +112,7 @@ def _inputs(x, at, inside, dtype: tl.constexpr):
 def _alone(
     x, expert, weight, low, high, scale, out, SLOTS, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
     G: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     GATED: tl.constexpr = KIND == "gated"
     COMBINED: tl.constexpr = KIND == "combined"
@@ -102,6 +122,9 @@ def _alone(
     STEP: tl.constexpr = 1 if COMBINED else PARTS
     kind: tl.constexpr = out.dtype.element_ty
     part = tl.arange(0, PARTS)
+    if EARLY and not COMBINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if COMBINED:  # a program for a token, a part for each of its slots
         visit = (tl.program_id(1) * SLOTS + part).to(tl.int64)
         e = tl.load(expert + visit, mask=part < SLOTS, other=-1)[:, None, None]
@@ -115,7 +138,11 @@ def _alone(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
     pair = tl.arange(0, 16)[None, :, None]
+    leading = _leading((tl.maximum(e, 0) >> 40).to(tl.int32), BITS, kind)
+    ones = tl.full([PARTS, ROWS, 32], 1.0, kind)
     present = (e >= 0) & (row < F)
+    if EARLY and COMBINED:
+        gdc_wait()
     total = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
     other = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
     for first in tl.range(0, B, STEP, num_stages=STAGES):
@@ -128,19 +155,22 @@ def _alone(
         for group in tl.static_range(BLOCK // SHARED):
             sums = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
             sums2 = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
+            inputs = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
             for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
                 at_pair = block * (BLOCK // 2) + slice * 16 + pair
                 value = _inputs(x, token + at_pair, (e >= 0) & (2 * at_pair < K), kind)
                 value = tl.broadcast_to(value, [PARTS, 32, WIDE])
-                codes = tl.reshape(_pairs(word, third, slice, BITS, kind), [PARTS, ROWS, 32])
+                inputs = tl.dot(ones, value, inputs, input_precision="ieee")
+                codes = tl.reshape(_pairs(word, third, leading, slice, BITS, kind), [PARTS, ROWS, 32])
                 sums = tl.dot(codes, value, sums, input_precision="ieee")
                 if GATED:
-                    codes = tl.reshape(_pairs(word2, third2, slice, BITS, kind), [PARTS, ROWS, 32])
+                    codes = tl.reshape(_pairs(word2, third2, leading, slice, BITS, kind), [PARTS, ROWS, 32])
                     sums2 = tl.dot(codes, value, sums2, input_precision="ieee")
             where = scale + (e * G + tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)) * N + row
-            total += sums * tl.load(where, mask=present, other=0.0).to(tl.float32)
+            inputs *= 1.5 * 2**BITS
+            total += (sums - inputs) * tl.load(where, mask=present, other=0.0).to(tl.float32)
             if GATED:
-                other += sums2 * tl.load(where + F, mask=present, other=0.0).to(tl.float32)
+                other += (sums2 - inputs) * tl.load(where + F, mask=present, other=0.0).to(tl.float32)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if COMBINED:
         total *= tl.load(weight + visit, mask=part < SLOTS, other=0.0).to(tl.float32)[:, None, None]
@@ -179,6 +209,7 @@ def _together(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     lane = tl.arange(0, 16)[None, :]
     inner = tl.arange(0, 32)[:, None]
+    leading = _leading(tl.load(start + e + tl.zeros([1, 1], tl.int32)) >> 31, BITS, kind)
     for here in range(begin, end, VISITS):
         at_visit = (here + tl.arange(0, VISITS))[None, :]
         present = at_visit < end
@@ -197,11 +228,11 @@ def _together(
                 for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
                     column = block * BLOCK + slice * 32 + inner
                     value = tl.load(token + column, mask=present & (column < K), other=0.0)
-                    codes = tl.reshape(_pairs(word, third, slice, BITS, kind), [ROWS, 32])
-                    sums = tl.dot(codes, value, sums, input_precision="ieee")
+                    codes = tl.reshape(_pairs(word, third, leading, slice, BITS, kind), [ROWS, 32])
+                    sums = tl.dot(codes - 1.5 * 2**BITS, value, sums, input_precision="ieee")
                     if GATED:
-                        codes = tl.reshape(_pairs(word2, third2, slice, BITS, kind), [ROWS, 32])
-                        sums2 = tl.dot(codes, value, sums2, input_precision="ieee")
+                        codes = tl.reshape(_pairs(word2, third2, leading, slice, BITS, kind), [ROWS, 32])
+                        sums2 = tl.dot(codes - 1.5 * 2**BITS, value, sums2, input_precision="ieee")
                 where = scale + (e * G + tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)) * N + row
                 total += sums * tl.load(where, mask=row < F, other=0.0).to(tl.float32)
                 if GATED:
@@ -247,12 +278,13 @@ def _dequantize(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     word, third = _words(low, high, ((e * B + block) * N + row) * 16 + tl.arange(0, 16)[None, :], row < N, BITS)
     inner = tl.arange(0, 32)[None, :]
+    leading = _leading(0, BITS, scale.dtype.element_ty)
     for slice in tl.static_range(BLOCK // 32):
         group = tl.minimum((block * BLOCK + slice * 32) // SPAN, G - 1)
         factor = tl.load(scale + (e * G + group) * N + row, mask=row < N, other=0.0)
-        weight = tl.reshape(_pairs(word, third, slice, BITS, factor.dtype), [ROWS, 32]) * factor
+        codes = tl.reshape(_pairs(word, third, leading, slice, BITS, factor.dtype), [ROWS, 32]) - 1.5 * 2**BITS
         column = block * BLOCK + slice * 32 + inner
-        tl.store(out + (e * N + row) * K + column, weight, mask=(row < N) & (column < K))
+        tl.store(out + (e * N + row) * K + column, codes * factor, mask=(row < N) & (column < K))
 
 
 def dequantized(packed: Packed) -> Tensor:
@@ -347,9 +379,10 @@ def _product(
         grid = (triton.cdiv(width, shape.rows), count)
         weight = expert_S if weight_Tk is None else weight_Tk.contiguous()
         pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
+        early = EARLY and torch.cuda.get_device_capability(x.device) >= (9, 0)
         _alone[grid](
-            pairs, expert_S, weight, low, high, scale, out, *sizes, shape.rows, shape.visits, parts, shape.stages,
-            num_warps=min(shape.warps, parts),
+            pairs, expert_S, weight, low, high, scale, out, *sizes,
+            shape.rows, shape.visits, parts, shape.stages, early, num_warps=min(shape.warps, parts), **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     else:
         shape = TOGETHER[kind]
