@@ -94,6 +94,28 @@ def _shifted(word, right: tl.constexpr):
     return word
 
 
+_PREFETCH = tl.constexpr("""{
+    .reg .pred p;
+    setp.ne.s32 p, $2, 0;
+    @p prefetch.global.L2 [$1];
+    mov.u32 $0, 0;
+}""")
+
+
+@triton.jit
+def _ask(words, first, e, N: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Have the words of ROWS rows of all blocks brought to the L2 cache, those of each expert `e` [PARTS, 1]: what is
+    waited for step by step is under way from the start. `first`: the first row.
+    """
+    SECTOR: tl.constexpr = 32 // BYTES
+    SECTORS: tl.constexpr = ROWS * 16 // SECTOR
+    at = tl.arange(0, SECTORS * triton.next_power_of_2(B))[None, :]
+    block, sector = at // SECTORS, at % SECTORS
+    where = ((e * B + block) * N + first) * 16 + sector * SECTOR
+    wanted = ((e >= 0) & (block < B)).to(tl.int32)
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [words + where, wanted], tl.int32, False, 1)
+
+
 @triton.jit
 def _inputs(x, at, inside, dtype: tl.constexpr):
     """[PARTS, 32, 1]: pairs of inputs. Read as one number each where they are 16 bits: fewer than there are threads,
@@ -141,6 +163,15 @@ def _alone(
     leading = _leading((tl.maximum(e, 0) >> 40).to(tl.int32), BITS, kind)
     ones = tl.full([PARTS, ROWS, 32], 1.0, kind)
     present = (e >= 0) & (row < F)
+    if EARLY and (tl.program_id(0) + 1) * ROWS <= F:
+        of_parts = tl.reshape(e, [e.shape[0], 1])
+        _ask(low, tl.program_id(0) * ROWS, of_parts, N, B, ROWS, 4)
+        if GATED:
+            _ask(low, tl.program_id(0) * ROWS + F, of_parts, N, B, ROWS, 4)
+        if BITS == 3:
+            _ask(high, tl.program_id(0) * ROWS, of_parts, N, B, ROWS, 2)
+            if GATED:
+                _ask(high, tl.program_id(0) * ROWS + F, of_parts, N, B, ROWS, 2)
     if EARLY and COMBINED:
         gdc_wait()
     total = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
@@ -187,9 +218,9 @@ def _alone(
 
 @triton.jit
 def _first(total):
-    """Summed over the parts, one of the columns, which are all alike: [ROWS]."""
-    total = tl.sum(total, 0)
-    return tl.sum(tl.where(tl.arange(0, total.shape[1])[None, :] == 0, total, 0.0), 1)
+    """Of one of the columns, which are all alike, the sum over the parts: [ROWS]."""
+    one = tl.where(tl.arange(0, total.shape[2])[None, None, :] == 0, total, 0.0)
+    return tl.sum(tl.sum(one, 2), 0)
 
 
 @triton.jit
@@ -380,10 +411,11 @@ def _product(
         weight = expert_S if weight_Tk is None else weight_Tk.contiguous()
         pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
         early = EARLY and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        cut = (shape.rows, shape.visits, parts, shape.stages, early)
+        begun = {"launch_pdl": True} if early else {}
         _alone[grid](
-            pairs, expert_S, weight, low, high, scale, out, *sizes,
-            shape.rows, shape.visits, parts, shape.stages, early, num_warps=min(shape.warps, parts), **({"launch_pdl": True} if early else {}),
-        )  # fmt: skip
+            pairs, expert_S, weight, low, high, scale, out, *sizes, *cut, num_warps=min(shape.warps, parts), **begun
+        )
     else:
         shape = TOGETHER[kind]
         grid = (triton.cdiv(width, shape.rows), experts)
