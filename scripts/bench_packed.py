@@ -35,14 +35,15 @@ from moecli.ops.roofline import gpu_of
 HIDDEN, WIDTH, EXPERTS, SLOTS, GROUP = 2048, 768, 128, 8, 128
 LAYERS = 6
 ALONE = [Shape(rows, 8, parts, parts, stages) for rows, parts, stages in (
-    (16, 2, 3), (16, 4, 1), (16, 4, 2), (16, 4, 3), (16, 4, 4), (16, 8, 1), (16, 8, 2), (32, 2, 3), (32, 4, 3),
+    (16, 4, 3), (16, 4, 4), (16, 8, 1), (16, 8, 2), (16, 8, 3), (16, 8, 4), (16, 16, 1), (16, 16, 2), (32, 8, 3),
 )]  # fmt: skip
-COMBINED = [Shape(16, 8, 8, 8, stages) for stages in (1, 2, 3, 4, 6)]
+COMBINED = [Shape(rows, 8, 8, 8, stages) for rows in (16, 32) for stages in (2, 3, 4, 6)]
 TOGETHER = [Shape(rows, visits, 1, warps, stages) for rows, visits, warps, stages in itertools.chain(
     itertools.product((64, 128), (8, 16), (4,), (2, 3, 4)),
-    [(64, 8, 1, 3), (64, 8, 2, 3), (32, 8, 1, 3), (32, 8, 1, 4), (32, 8, 2, 3), (32, 16, 2, 3), (128, 8, 8, 3)],
+    [(64, 8, 1, 3), (64, 8, 2, 3), (64, 8, 2, 4), (32, 8, 1, 3), (32, 8, 1, 4), (32, 8, 2, 3), (128, 8, 8, 3),
+     (128, 8, 8, 4), (256, 8, 8, 3)],
 )]  # fmt: skip
-MANY = [Shape(64, visits, 1, 4, stages) for visits in (16, 32, 64) for stages in (2, 3, 4)]
+MANY = [Shape(rows, visits, 1, 4, stages) for rows in (64, 128) for visits in (16, 32, 64) for stages in (2, 3)]
 TUNED = (
     (1, "gated", fast.ALONE, ALONE), (1, "combined", fast.ALONE, COMBINED),
     (64, "gated", fast.TOGETHER, TOGETHER), (64, "plain", fast.TOGETHER, TOGETHER),

@@ -30,19 +30,20 @@ class Shape(NamedTuple):
     """How a product is cut."""
 
     rows: int
-    """Output rows of a program"""
+    """Output rows of a program; where visits are sorted and gated, half of its rows are gates"""
     visits: int
     """Of an expert that a program takes at a time; 8 for one that stands alone, the fewest that tensor cores take"""
     parts: int
-    """Blocks of columns that the warps of a program share between them, or slots; 1 where visits are sorted"""
+    """Blocks of columns that the warps of a program share between them, with gating twice as many, or slots; 1 where
+    visits are sorted"""
     warps: int
     stages: int
 
 
 EARLY = torch.cuda.is_available()
 """Whether a product begins while the one that it reads from ends."""
-ALONE = {"gated": Shape(16, 8, 4, 4, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
-TOGETHER = {"gated": Shape(64, 8, 1, 4, 3), "plain": Shape(64, 8, 1, 4, 3)}
+ALONE = {"gated": Shape(16, 8, 8, 8, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
+TOGETHER = {"gated": Shape(64, 8, 1, 4, 3), "plain": Shape(64, 8, 1, 2, 3)}
 
 
 @triton.jit
@@ -94,28 +95,6 @@ def _shifted(word, right: tl.constexpr):
     return word
 
 
-_PREFETCH = tl.constexpr("""{
-    .reg .pred p;
-    setp.ne.s32 p, $2, 0;
-    @p prefetch.global.L2 [$1];
-    mov.u32 $0, 0;
-}""")
-
-
-@triton.jit
-def _ask(words, first, e, N: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Have the words of ROWS rows of all blocks brought to the L2 cache, those of each expert `e` [PARTS, 1]: what is
-    waited for step by step is under way from the start. `first`: the first row.
-    """
-    SECTOR: tl.constexpr = 32 // BYTES
-    SECTORS: tl.constexpr = ROWS * 16 // SECTOR
-    at = tl.arange(0, SECTORS * triton.next_power_of_2(B))[None, :]
-    block, sector = at // SECTORS, at % SECTORS
-    where = ((e * B + block) * N + first) * 16 + sector * SECTOR
-    wanted = ((e >= 0) & (block < B)).to(tl.int32)
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [words + where, wanted], tl.int32, False, 1)
-
-
 @triton.jit
 def _inputs(x, at, inside, dtype: tl.constexpr):
     """[PARTS, 32, 1]: pairs of inputs. Read as one number each where they are 16 bits: fewer than there are threads,
@@ -131,6 +110,16 @@ def _inputs(x, at, inside, dtype: tl.constexpr):
 
 
 @triton.jit
+def _factor(
+    scale, e, block, group: tl.constexpr, row, inside, N: tl.constexpr, G: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Scales of the columns of a block that share them."""
+    at = tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)
+    return tl.load(scale + (e * G + at) * N + row, mask=inside, other=0.0)
+
+
+@triton.jit
 def _alone(
     x, expert, weight, low, high, scale, out, SLOTS, K: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
     G: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
@@ -140,8 +129,9 @@ def _alone(
     COMBINED: tl.constexpr = KIND == "combined"
     BLOCK: tl.constexpr = 128 if BITS == 4 else 256
     SHARED: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
+    GROUPS: tl.constexpr = BLOCK // SHARED
     F: tl.constexpr = N // 2 if GATED else N
-    STEP: tl.constexpr = 1 if COMBINED else PARTS
+    STEP: tl.constexpr = 1 if COMBINED else (PARTS // 2 if GATED else PARTS)
     kind: tl.constexpr = out.dtype.element_ty
     part = tl.arange(0, PARTS)
     if EARLY and not COMBINED:
@@ -152,40 +142,33 @@ def _alone(
         e = tl.load(expert + visit, mask=part < SLOTS, other=-1)[:, None, None]
         token = (visit * (K // 2))[:, None, None]
         at_block = tl.zeros([PARTS, 1, 1], tl.int32)
-    else:  # a program for a visit, a part for some of its columns
+    else:  # a program for a visit, a part for some of its columns, with gating of the gates or of what they gate
         visit = tl.program_id(1).to(tl.int64) + tl.zeros([1], tl.int64)
         e = tl.load(expert + visit)[:, None, None]
         token = (visit // SLOTS * (K // 2))[:, None, None]
-        at_block = part[:, None, None]
+        at_block = (part // 2 if GATED else part)[:, None, None]
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None]
+    present = (e >= 0) & (row < F)
+    if GATED:
+        row += (part % 2 * F)[:, None, None]
     lane = tl.arange(0, 16)[None, None, :]
     pair = tl.arange(0, 16)[None, :, None]
     leading = _leading((tl.maximum(e, 0) >> 40).to(tl.int32), BITS, kind)
     ones = tl.full([PARTS, ROWS, 32], 1.0, kind)
-    present = (e >= 0) & (row < F)
-    if EARLY and (tl.program_id(0) + 1) * ROWS <= F:
-        of_parts = tl.reshape(e, [e.shape[0], 1])
-        _ask(low, tl.program_id(0) * ROWS, of_parts, N, B, ROWS, 4)
-        if GATED:
-            _ask(low, tl.program_id(0) * ROWS + F, of_parts, N, B, ROWS, 4)
-        if BITS == 3:
-            _ask(high, tl.program_id(0) * ROWS, of_parts, N, B, ROWS, 2)
-            if GATED:
-                _ask(high, tl.program_id(0) * ROWS + F, of_parts, N, B, ROWS, 2)
+    # Scales are read one step ahead: the compiler does that for words and inputs.
+    near = _factor(scale, e, at_block, 0, row, present, N, G, SPAN, BLOCK, SHARED)
+    far = _factor(scale, e, at_block, GROUPS - 1, row, present, N, G, SPAN, BLOCK, SHARED)
     if EARLY and COMBINED:
         gdc_wait()
     total = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
-    other = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
     for first in tl.range(0, B, STEP, num_stages=STAGES):
         block = at_block + first
-        at = ((e * B + block) * N + row) * 16 + lane
-        inside = present & (block < B)
-        word, third = _words(low, high, at, inside, BITS)
-        if GATED:
-            word2, third2 = _words(low, high, at + F * 16, inside, BITS)
-        for group in tl.static_range(BLOCK // SHARED):
+        word, third = _words(low, high, ((e * B + block) * N + row) * 16 + lane, present & (block < B), BITS)
+        factor, last = near, far
+        near = _factor(scale, e, block + STEP, 0, row, present, N, G, SPAN, BLOCK, SHARED)
+        far = _factor(scale, e, block + STEP, GROUPS - 1, row, present, N, G, SPAN, BLOCK, SHARED)
+        for group in tl.static_range(GROUPS):
             sums = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
-            sums2 = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
             inputs = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
             for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
                 at_pair = block * (BLOCK // 2) + slice * 16 + pair
@@ -194,14 +177,11 @@ def _alone(
                 inputs = tl.dot(ones, value, inputs, input_precision="ieee")
                 codes = tl.reshape(_pairs(word, third, leading, slice, BITS, kind), [PARTS, ROWS, 32])
                 sums = tl.dot(codes, value, sums, input_precision="ieee")
-                if GATED:
-                    codes = tl.reshape(_pairs(word2, third2, leading, slice, BITS, kind), [PARTS, ROWS, 32])
-                    sums2 = tl.dot(codes, value, sums2, input_precision="ieee")
-            where = scale + (e * G + tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)) * N + row
-            inputs *= 1.5 * 2**BITS
-            total += (sums - inputs) * tl.load(where, mask=present, other=0.0).to(tl.float32)
-            if GATED:
-                other += (sums2 - inputs) * tl.load(where + F, mask=present, other=0.0).to(tl.float32)
+            if group > 0 and group < GROUPS - 1:
+                factor = _factor(scale, e, block, group, row, present, N, G, SPAN, BLOCK, SHARED)
+            elif group > 0:
+                factor = last
+            total += (sums - inputs * (1.5 * 2**BITS)) * factor.to(tl.float32)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if COMBINED:
         total *= tl.load(weight + visit, mask=part < SLOTS, other=0.0).to(tl.float32)[:, None, None]
@@ -210,17 +190,14 @@ def _alone(
     else:
         target = out + visit * F + column
         known = (column < F) & (tl.load(expert + visit) >= 0)
-    result = _first(total)
+    # the columns of `total` are all alike
+    result = tl.sum(tl.where(tl.arange(0, WIDE)[None, None, :] == 0, total, 0.0), 2)
     if GATED:
-        result = result / (1.0 + tl.exp(-result)) * _first(other)
-    tl.store(target, result.to(out.dtype.element_ty), mask=known)
-
-
-@triton.jit
-def _first(total):
-    """Of one of the columns, which are all alike, the sum over the parts: [ROWS]."""
-    one = tl.where(tl.arange(0, total.shape[2])[None, None, :] == 0, total, 0.0)
-    return tl.sum(tl.sum(one, 2), 0)
+        both = tl.sum(tl.reshape(result, [PARTS // 2, 2, ROWS]), 0)
+        gate, up = tl.split(tl.permute(both, (1, 0)))
+        tl.store(target, (gate / (1.0 + tl.exp(-gate)) * up).to(kind), mask=known)
+    else:
+        tl.store(target, tl.sum(result, 0).to(kind), mask=known)
 
 
 @triton.jit
@@ -232,12 +209,18 @@ def _together(
     GATED: tl.constexpr = KIND == "gated"
     BLOCK: tl.constexpr = 128 if BITS == 4 else 256
     SHARED: tl.constexpr = SPAN if SPAN < BLOCK else BLOCK
+    GROUPS: tl.constexpr = BLOCK // SHARED
     F: tl.constexpr = N // 2 if GATED else N
+    WRITTEN: tl.constexpr = ROWS // 2 if GATED else ROWS  # with gating half of a program's rows are gates
     kind: tl.constexpr = x.dtype.element_ty
     e = tl.program_id(1).to(tl.int64)
     begin = tl.load(start + e)
     end = tl.load(start + e + 1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    at_row = tl.arange(0, ROWS)
+    row = (tl.program_id(0) * WRITTEN + at_row % WRITTEN)[:, None]
+    known = row < F
+    if GATED:
+        row += (at_row // WRITTEN * F)[:, None]
     lane = tl.arange(0, 16)[None, :]
     inner = tl.arange(0, 32)[:, None]
     leading = _leading(tl.load(start + e + tl.zeros([1, 1], tl.int32)) >> 31, BITS, kind)
@@ -247,30 +230,32 @@ def _together(
         visit = tl.load(order + at_visit, mask=present, other=0).to(tl.int64)
         token = x + (visit // SLOTS) * K
         total = tl.zeros([ROWS, VISITS], tl.float32)
-        other = tl.zeros([ROWS, VISITS], tl.float32)
+        near = _factor(scale, e, 0, 0, row, known, N, G, SPAN, BLOCK, SHARED)
+        far = _factor(scale, e, 0, GROUPS - 1, row, known, N, G, SPAN, BLOCK, SHARED)
         for block in tl.range(0, B, num_stages=STAGES):
-            at = ((e * B + block) * N + row) * 16 + lane
-            word, third = _words(low, high, at, row < F, BITS)
-            if GATED:
-                word2, third2 = _words(low, high, at + F * 16, row < F, BITS)
-            for group in tl.static_range(BLOCK // SHARED):
+            word, third = _words(low, high, ((e * B + block) * N + row) * 16 + lane, known, BITS)
+            factor, last = near, far
+            near = _factor(scale, e, block + 1, 0, row, known, N, G, SPAN, BLOCK, SHARED)
+            far = _factor(scale, e, block + 1, GROUPS - 1, row, known, N, G, SPAN, BLOCK, SHARED)
+            for group in tl.static_range(GROUPS):
                 sums = tl.zeros([ROWS, VISITS], tl.float32)
-                sums2 = tl.zeros([ROWS, VISITS], tl.float32)
                 for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
                     column = block * BLOCK + slice * 32 + inner
                     value = tl.load(token + column, mask=present & (column < K), other=0.0)
                     codes = tl.reshape(_pairs(word, third, leading, slice, BITS, kind), [ROWS, 32])
                     sums = tl.dot(codes - 1.5 * 2**BITS, value, sums, input_precision="ieee")
-                    if GATED:
-                        codes = tl.reshape(_pairs(word2, third2, leading, slice, BITS, kind), [ROWS, 32])
-                        sums2 = tl.dot(codes - 1.5 * 2**BITS, value, sums2, input_precision="ieee")
-                where = scale + (e * G + tl.minimum((block * BLOCK + group * SHARED) // SPAN, G - 1)) * N + row
-                total += sums * tl.load(where, mask=row < F, other=0.0).to(tl.float32)
-                if GATED:
-                    other += sums2 * tl.load(where + F, mask=row < F, other=0.0).to(tl.float32)
+                if group > 0 and group < GROUPS - 1:
+                    factor = _factor(scale, e, block, group, row, known, N, G, SPAN, BLOCK, SHARED)
+                elif group > 0:
+                    factor = last
+                total += sums * factor.to(tl.float32)
+        column = (tl.program_id(0) * WRITTEN + tl.arange(0, WRITTEN))[:, None]
         if GATED:
-            total = total / (1.0 + tl.exp(-total)) * other
-        tl.store(out + visit * F + row, total.to(out.dtype.element_ty), mask=present & (row < F))
+            gate, up = tl.split(tl.permute(tl.reshape(total, [2, WRITTEN, VISITS]), (1, 2, 0)))
+            result = gate / (1.0 + tl.exp(-gate)) * up
+        else:
+            result = total
+        tl.store(out + visit * F + column, result.to(kind), mask=present & (column < F))
 
 
 @triton.jit
@@ -399,14 +384,15 @@ def _product(
     x, low, scale = x.contiguous(), packed.low, packed.scale_EGN
     high = low if packed.high is None else packed.high
     experts, blocks, rows = low.shape[:3]
-    width = rows // 2 if kind == "gated" else rows
+    gated = kind == "gated"
+    width = rows // 2 if gated else rows
     count = len(expert_S) if weight_Tk is None else len(weight_Tk)
     out = x.new_empty(count, width) if out is None else out
     slots = len(expert_S) // (len(x) if weight_Tk is None else count)
     sizes = (slots, packed.columns, rows, blocks, scale.shape[1], packed.span, packed.bits, kind)
     if visits is None:
         shape = ALONE[kind]
-        parts = triton.next_power_of_2(slots if kind == "combined" else min(shape.parts, blocks))
+        parts = triton.next_power_of_2(slots if kind == "combined" else min(shape.parts, (1 + gated) * blocks))
         grid = (triton.cdiv(width, shape.rows), count)
         weight = expert_S if weight_Tk is None else weight_Tk.contiguous()
         pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
@@ -418,7 +404,7 @@ def _product(
         )
     else:
         shape = TOGETHER[kind]
-        grid = (triton.cdiv(width, shape.rows), experts)
+        grid = (triton.cdiv(width, shape.rows // (1 + gated)), experts)
         _together[grid](
             x, *visits, low, high, scale, out, *sizes, shape.rows, shape.visits, shape.stages, num_warps=shape.warps
         )
