@@ -155,7 +155,7 @@ def _alone(
     pair = tl.arange(0, 16)[None, :, None]
     leading = _leading((tl.maximum(e, 0) >> 40).to(tl.int32), BITS, kind)
     ones = tl.full([PARTS, ROWS, 32], 1.0, kind)
-    # Scales are read one step ahead: the compiler does that for words and inputs.
+    # Scales are read one step ahead, when those before are used up; for words and inputs the compiler does that.
     near = _factor(scale, e, at_block, 0, row, present, N, G, SPAN, BLOCK, SHARED)
     far = _factor(scale, e, at_block, GROUPS - 1, row, present, N, G, SPAN, BLOCK, SHARED)
     if EARLY and COMBINED:
@@ -164,9 +164,6 @@ def _alone(
     for first in tl.range(0, B, STEP, num_stages=STAGES):
         block = at_block + first
         word, third = _words(low, high, ((e * B + block) * N + row) * 16 + lane, present & (block < B), BITS)
-        factor, last = near, far
-        near = _factor(scale, e, block + STEP, 0, row, present, N, G, SPAN, BLOCK, SHARED)
-        far = _factor(scale, e, block + STEP, GROUPS - 1, row, present, N, G, SPAN, BLOCK, SHARED)
         for group in tl.static_range(GROUPS):
             sums = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
             inputs = tl.zeros([PARTS, ROWS, WIDE], tl.float32)
@@ -177,11 +174,16 @@ def _alone(
                 inputs = tl.dot(ones, value, inputs, input_precision="ieee")
                 codes = tl.reshape(_pairs(word, third, leading, slice, BITS, kind), [PARTS, ROWS, 32])
                 sums = tl.dot(codes, value, sums, input_precision="ieee")
-            if group > 0 and group < GROUPS - 1:
+            if group == 0:
+                factor = near
+            elif group == GROUPS - 1:
+                factor = far
+            else:
                 factor = _factor(scale, e, block, group, row, present, N, G, SPAN, BLOCK, SHARED)
-            elif group > 0:
-                factor = last
             total += (sums - inputs * (1.5 * 2**BITS)) * factor.to(tl.float32)
+        near = _factor(scale, e, block + STEP, 0, row, present, N, G, SPAN, BLOCK, SHARED)
+        if GROUPS > 1:
+            far = _factor(scale, e, block + STEP, GROUPS - 1, row, present, N, G, SPAN, BLOCK, SHARED)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if COMBINED:
         total *= tl.load(weight + visit, mask=part < SLOTS, other=0.0).to(tl.float32)[:, None, None]
@@ -234,9 +236,6 @@ def _together(
         far = _factor(scale, e, 0, GROUPS - 1, row, known, N, G, SPAN, BLOCK, SHARED)
         for block in tl.range(0, B, num_stages=STAGES):
             word, third = _words(low, high, ((e * B + block) * N + row) * 16 + lane, known, BITS)
-            factor, last = near, far
-            near = _factor(scale, e, block + 1, 0, row, known, N, G, SPAN, BLOCK, SHARED)
-            far = _factor(scale, e, block + 1, GROUPS - 1, row, known, N, G, SPAN, BLOCK, SHARED)
             for group in tl.static_range(GROUPS):
                 sums = tl.zeros([ROWS, VISITS], tl.float32)
                 for slice in tl.static_range(group * SHARED // 32, (group + 1) * SHARED // 32):
@@ -244,11 +243,16 @@ def _together(
                     value = tl.load(token + column, mask=present & (column < K), other=0.0)
                     codes = tl.reshape(_pairs(word, third, leading, slice, BITS, kind), [ROWS, 32])
                     sums = tl.dot(codes - 1.5 * 2**BITS, value, sums, input_precision="ieee")
-                if group > 0 and group < GROUPS - 1:
+                if group == 0:
+                    factor = near
+                elif group == GROUPS - 1:
+                    factor = far
+                else:
                     factor = _factor(scale, e, block, group, row, known, N, G, SPAN, BLOCK, SHARED)
-                elif group > 0:
-                    factor = last
                 total += sums * factor.to(tl.float32)
+            near = _factor(scale, e, block + 1, 0, row, known, N, G, SPAN, BLOCK, SHARED)
+            if GROUPS > 1:
+                far = _factor(scale, e, block + 1, GROUPS - 1, row, known, N, G, SPAN, BLOCK, SHARED)
         column = (tl.program_id(0) * WRITTEN + tl.arange(0, WRITTEN))[:, None]
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(total, [2, WRITTEN, VISITS]), (1, 2, 0)))
