@@ -43,13 +43,26 @@ TOGETHER = [Shape(rows, visits, 1, warps, stages) for rows, visits, warps, stage
     [(64, 8, 1, 3), (64, 8, 2, 3), (64, 8, 2, 4), (32, 8, 1, 3), (32, 8, 1, 4), (32, 8, 2, 3), (128, 8, 8, 3),
      (128, 8, 8, 4), (256, 8, 8, 3)],
 )]  # fmt: skip
-MANY = [Shape(rows, visits, 1, 4, stages) for rows in (64, 128) for visits in (16, 32, 64) for stages in (2, 3)]
+MANY = [Shape(rows, visits, 1, warps, stages) for rows, visits, warps, stages in itertools.chain(
+    itertools.product((64, 128), (32,), (4,), (2, 3, 4)), [(128, 32, 8, 3), (64, 16, 4, 3), (128, 16, 4, 3)],
+)]  # fmt: skip
+MOST = [Shape(rows, visits, 1, warps, stages) for rows, visits, warps, stages in itertools.chain(
+    itertools.product((64, 128), (64, 128), (4,), (2, 3)), itertools.product((128,), (64, 128), (8,), (2, 3)),
+    [(64, 32, 4, 3), (128, 32, 4, 3)],
+)]  # fmt: skip
 TUNED = (
-    (1, "gated", fast.ALONE, ALONE), (1, "combined", fast.ALONE, COMBINED),
-    (64, "gated", fast.TOGETHER, TOGETHER), (64, "plain", fast.TOGETHER, TOGETHER),
-    (256, "gated", fast.TOGETHER, MANY), (256, "plain", fast.TOGETHER, MANY),
+    (1, "gated", ALONE), (1, "combined", COMBINED), (64, "gated", TOGETHER), (64, "plain", TOGETHER),
+    (256, "gated", MANY), (256, "plain", MANY), (1024, "gated", MOST), (1024, "plain", MOST),
 )  # fmt: skip
-"""Tokens, kind of product, where its shape stands, shapes to try. What is best with 64 tokens stays."""
+"""Tokens, kind of product, shapes to try."""
+
+
+def place_of(tokens: int, kind: str) -> tuple[dict, object]:
+    """Table and key of the shape that so many tokens take."""
+    if tokens == 1:
+        return fast.ALONE, kind
+    table = fast.TOGETHER[kind]
+    return table, next(most for most in table if tokens * SLOTS <= most * EXPERTS)
 
 
 def random_packed(bits: int, rows: int, columns: int, experts: int = EXPERTS) -> Packed:
@@ -140,7 +153,7 @@ def product_call(kind: str, packed: Packed, tokens: int, index: torch.Tensor, so
 
 def tune(layers: list[tuple[Packed, Packed]], bandwidth: float, bits: int) -> None:
     """Each product alone: prints the shapes and keeps the best."""
-    for tokens, kind, table, shapes in TUNED:
+    for tokens, kind, shapes in TUNED:
         routes = [routing(tokens)[0] for _ in layers]
         hit = sum(distinct(route) for route in routes) / len(layers)
         which = 0 if kind == "gated" else 1
@@ -149,17 +162,18 @@ def tune(layers: list[tuple[Packed, Packed]], bandwidth: float, bits: int) -> No
             for pair, route in zip(layers, routes, strict=True)
         ]
         floor = hit * layers[0][which].bytes() / bandwidth * 1e6
-        found, before = {}, table[kind]
+        table, key = place_of(tokens, kind)
+        found = {}
         for shape in shapes:
-            table[kind] = shape
+            table[key] = shape
             try:
                 found[shape] = graph_us(calls, 10)
             except Exception as error:  # a shape that does not fit the device is a row of the table
                 print("  failed", bits, tokens, kind, tuple(shape), str(error)[:100].replace("\n", " "), flush=True)
         order = sorted(found, key=found.get)
-        words = "; ".join(f"{tuple(shape)} {found[shape]:.1f}" for shape in order[:12])
+        table[key] = order[0]
+        words = "; ".join(f"{tuple(shape)} {found[shape]:.1f}" for shape in order[:6])
         print(f"W{bits} batch {tokens} {kind}, floor {floor:.1f}: {words}; worst {found[order[-1]]:.1f}", flush=True)
-        table[kind] = before if tokens > 64 else order[0]
 
 
 def crossing(layers: list[tuple[Packed, Packed]], bits: int) -> None:
@@ -218,10 +232,6 @@ def main() -> None:
         if bits in tuned:
             tune(layers, bandwidth, bits)
             crossing(layers, bits)
-            fast.EARLY = not fast.EARLY
-            print("begun early:", fast.EARLY)
-            crossing(layers, bits)
-            fast.EARLY = not fast.EARLY
         for batch in batches:
             runs = [packed_layer(*pair) for pair in layers]
             calls = [partial(r, inputs[batch], *a) for r, a in zip(runs, routes[batch], strict=True)]
@@ -241,19 +251,21 @@ def main() -> None:
 
 def compile_part(part: int, all_bits: list[int], tuned: list[int]) -> None:
     """Every kernel needed, on two experts."""
-    jobs = [
-        (bits, kind, table, table[kind]) for bits in all_bits for table in (fast.ALONE, fast.TOGETHER) for kind in table
-    ]
-    jobs += [(bits, kind, table, shape) for bits in tuned for _, kind, table, shapes in TUNED for shape in shapes]
-    for bits, kind, table, shape in itertools.islice(jobs, part, None, 14):
+    jobs = [(bits, tokens, kind, None) for bits in all_bits for tokens, kind, _ in TUNED]
+    jobs += [(bits, tokens, kind, shape) for bits in tuned for tokens, kind, shapes in TUNED for shape in shapes]
+    for bits, tokens, kind, shape in itertools.islice(jobs, part, None, 14):
         rows, columns = (2 * WIDTH, HIDDEN) if kind == "gated" else (HIDDEN, WIDTH)
-        table[kind] = shape
-        index = torch.arange(SLOTS, device="cuda")[None] % 2
+        table, key = place_of(tokens, kind)
+        before, index = dict(table), torch.arange(SLOTS, device="cuda")[None] % 2
+        shape = shape or table[key]
+        for each in [kind] if tokens == 1 else table:
+            table[each] = shape
         try:
-            product_call(kind, random_packed(bits, rows, columns, 2), 1, index, table is fast.TOGETHER)()
+            product_call(kind, random_packed(bits, rows, columns, 2), 1, index, tokens > 1)()
             torch.cuda.synchronize()
         except Exception as error:  # shown again where it is timed
             print("compile", bits, kind, tuple(shape), str(error)[:100].replace("\n", " "))
+        table.update(before)
 
 
 if __name__ == "__main__":

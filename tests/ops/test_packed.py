@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecli.ops import pack
-from moecli.ops.packed import PACKED_BITS, arrange, codes, combined_product, dequantized, gated_product, product, span_of
+from moecli.ops.packed import (
+    PACKED_BITS,
+    arrange,
+    codes,
+    combined_product,
+    dequantized,
+    gated_product,
+    product,
+    span_of,
+)
 from tests.ops.packed_cases import random_packed
 
 
@@ -75,7 +84,7 @@ def test_what_cannot_stay_packed_is_refused():
     some = torch.zeros(1, 2, 32, dtype=torch.int8)
     with pytest.raises(ValueError, match="experts of 8 bits cannot stay packed, only of 2, 3, 4"):
         arrange(some, torch.ones(1, 2, 1), 8)
-    with pytest.raises(ValueError, match="groups of 16 columns cannot stay packed, their size must be a multiple of 32"):
+    with pytest.raises(ValueError, match="groups of 16 columns cannot stay packed, .* a multiple of 32"):
         arrange(some, torch.ones(1, 2, 2), 4)
     with pytest.raises(ValueError, match="3 scales do not divide 32 columns"):
         arrange(some, torch.ones(1, 2, 3), 4)

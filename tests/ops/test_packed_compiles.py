@@ -41,10 +41,10 @@ for bits in (2, 3, 4):
         assert "mma" in text, "runs on tensor cores"
         if kind == "combined":
             continue
-        many = kernels.TOGETHER[kind]
-        text = build(kernels._together, pointers | {"order": "*i32", "start": "*i32"},
-                     sizes | {"ROWS": many.rows, "VISITS": many.visits, "STAGES": many.stages}, many.warps)
-        assert "mma" in text, "runs on tensor cores"
+        for many in kernels.TOGETHER[kind].values():
+            text = build(kernels._together, pointers | {"order": "*i32", "start": "*i32"},
+                         sizes | {"ROWS": many.rows, "VISITS": many.visits, "STAGES": many.stages}, many.warps)
+            assert "mma" in text, "runs on tensor cores"
 build(kernels._weigh, {"y": "*bf16", "weight": "*bf16", "out": "*bf16", "SLOTS": "i32", "N": "i32"},
       {"COLUMNS": 512}, 2)
 order = {"expert": "*i64", "order": "*i32", "start": "*i32", "S": "i32"}

@@ -43,7 +43,11 @@ class Shape(NamedTuple):
 EARLY = torch.cuda.is_available()
 """Whether a product begins while the one that it reads from ends."""
 ALONE = {"gated": Shape(16, 8, 8, 8, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
-TOGETHER = {"gated": Shape(64, 8, 1, 4, 3), "plain": Shape(64, 8, 1, 2, 3)}
+TOGETHER = {
+    "gated": {8: Shape(64, 8, 1, 2, 3), 24: Shape(128, 32, 1, 4, 3), 1 << 30: Shape(128, 64, 1, 4, 3)},
+    "plain": {8: Shape(64, 8, 1, 2, 3), 24: Shape(64, 32, 1, 4, 3), 1 << 30: Shape(64, 64, 1, 4, 3)},
+}
+"""Of each kind, by how many visits an expert has at most, on average."""
 
 
 @triton.jit
@@ -328,7 +332,7 @@ class Visits(NamedTuple):
     """int32 [E + 1]"""
 
 
-FEW = 16
+FEW = 32
 """Visits up to which each reads its expert for itself: sorting them would take longer than what it spares."""
 _MOST = 1024
 """Visits up to which they are sorted in one launch, whose work is the square of their number."""
@@ -407,7 +411,7 @@ def _product(
             pairs, expert_S, weight, low, high, scale, out, *sizes, *cut, num_warps=min(shape.warps, parts), **begun
         )
     else:
-        shape = TOGETHER[kind]
+        shape = next(shape for most, shape in TOGETHER[kind].items() if len(expert_S) <= most * experts)
         grid = (triton.cdiv(width, shape.rows // (1 + gated)), experts)
         _together[grid](
             x, *visits, low, high, scale, out, *sizes, shape.rows, shape.visits, shape.stages, num_warps=shape.warps
