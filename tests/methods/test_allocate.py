@@ -321,6 +321,13 @@ def test_a_mix_has_no_stock_form_and_the_recipe_hears_it(tiny_model, text_file, 
     assert "there is no stock form of this model" in message and "one packing for all experts" in message
 
 
+@pytest.mark.parametrize(("name", "average", "levels"), [("pmq", 2.0, [1, 2, 3]), ("gemq", 3.0, [2, 3, 4])])
+def test_a_mean_that_is_one_of_the_numbers_is_planned_as_a_mix(name, average, levels, tiny_model, text_file, tmp_path):
+    allocate = {"run": f"allocate/{name}", "with": {"average": average, "bits": levels, "group_size": 16}}
+    ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate, export="stock"))
+    assert f"packed to {levels[0]} and {levels[1]} and {levels[2]} bits" in message
+
+
 def test_a_tie_that_no_average_can_keep_is_refused(tiny_model, text_file, tmp_path):
     allocate = {"run": "allocate/gemq", "with": {"average": 3.0, "bits": [4, 8], "servable": "vllm", "group_size": 16}}
     ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate))

@@ -135,9 +135,15 @@ class Allocate(Options):
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
         share, family = self.share(model.config, model.specs), family_of(model.config)
-        # Any errors that fall ever more slowly: the plan is as large as `average` allows.
-        errors = {bits: -math.sqrt(bits) for bits in self.levels()}
-        cost = {layer: [errors] * family.experts_in(layer) for layer in family.facts.moe_layers}
+        # Any errors that fall ever more slowly: the plan is as large as `average` allows. They differ by expert and by
+        # layer, as measured ones do: `average` may be one of `bits`, and the plan is a mix all the same.
+        cost = {
+            layer: [
+                {bits: -place * e * math.sqrt(bits) for bits in self.levels()}
+                for e in range(1, family.experts_in(layer) + 1)
+            ]
+            for place, layer in enumerate(family.facts.moe_layers, 1)
+        }
         choice = _together(budget.greedy(problem) for problem in self.split(cost, share, False))
         return replace(model, planned_bits=plan_of(choice).pairs())
 
