@@ -161,16 +161,18 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             stage("quantize/rtn", bits=bits), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
     rows["rtn-4-group-32"] = [{"run": "quantize/rtn", "with": {"bits": 4, "group_size": 32}}]
-    for average in (3.0, 2.5, 2.25):
+    for method in ("rtn", "gptq", "hqq"):
+        rows[f"{method}-1"] = [stage(f"quantize/{method}", bits=1, attention_bits=4)]
+    rows["gptq-1-shrink"] = [stage("quantize/gptq", bits=1, attention_bits=4, shrink=True)]
+    for average, levels in MEANS.items():
+        wanted = {"average": average, "bits": levels}
         plans = {
-            "pmq": [stage("allocate/pmq", average=average)],
-            "gemq": [stage("allocate/gemq", average=average)],
-            "quantmoe-bench": [{"run": "allocate/quantmoe-bench", "with": {"average": average}}],
-            "evopress": [stage("allocate/evopress", average=average, **EVOPRESS)],
-            "gemq-evopress": [
-                stage("allocate/gemq", average=average), stage("allocate/evopress", average=average, **EVOPRESS),
-            ],
-        }  # fmt: skip
+            "pmq": [stage("allocate/pmq", **wanted)],
+            "gemq": [stage("allocate/gemq", **wanted)],
+            "quantmoe-bench": [{"run": "allocate/quantmoe-bench", "with": wanted}],
+            "evopress": [stage("allocate/evopress", **wanted, **EVOPRESS)],
+            "gemq-evopress": [stage("allocate/gemq", **wanted), stage("allocate/evopress", **wanted, **EVOPRESS)],
+        }
         for name, plan in plans.items():
             rows[f"{name}-{average}-gptq"] = [*plan, stage("quantize/gptq", bits=4)]
         rows[f"pmq-{average}-rtn"] = [*plans["pmq"], stage("quantize/rtn", bits=4)]
@@ -181,6 +183,10 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+MEANS = {
+    4.0: [2, 3, 4, 8], 3.0: [2, 3, 4], 2.5: [2, 3, 4], 2.25: [2, 3, 4], 2.0: [1, 2, 3], 1.5: [1, 2, 3],
+}  # fmt: skip
+"""Mean bits of experts, and the numbers of bits that a plan may give them."""
 EVOPRESS = {"generations": 10, "offspring": 8, "steps": [[2, 1024], [1, 4096]]}
 """Far fewer than published (150 generations of 128): minutes on a CPU."""
 

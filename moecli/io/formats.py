@@ -2,7 +2,8 @@
 
 `pack-quantized`, for a linear `X` with weight [N, K], b bits and groups of g columns:
 
-    X.weight_packed   int32 [N, ceil(K*b/32)]   dense little-endian stream of code + 2^(b-1)
+    X.weight_packed   int32 [N, ceil(K*b/32)]   dense little-endian stream of code + 2^(b-1); with 1 bit, which no stock
+                                                reader knows as ours, 0 for -1 and 1 for 1
     X.weight_scale    model dtype [N, K/g]      ([N, 1] with one scale for each output channel)
     X.weight_shape    int64 [2] = [N, K]
 
@@ -66,7 +67,7 @@ LAYOUTS: Mapping[Format, str] = {
 FLOATS: Mapping[Format, tuple[int, int]] = {"fp8": (8, CHANNEL), "fp8_block": (8, BLOCK), "mxfp4": (4, MX_GROUP)}
 """Bits and group size of the formats that have no choice of them."""
 VERSION = "0.18.0"
-"""First release that packs 3-bit codes as we do; 2, 4 and 8 bits are the same in all."""
+"""First release that packs 3-bit codes as we do; 1, 2, 4 and 8 bits are the same in all."""
 
 
 class PackedNames(NamedTuple):

@@ -86,6 +86,8 @@ TABLE: tuple[Row, ...] = (
         formats=None, mix=None, symmetric=None, stacked=True),
     Row("transformers", "works", "decodes them to dense experts while loading",
         "run: 5.17 and 5.23, error 0", ("int",), (2, 3, 4, 8)),
+    Row("transformers", "wrong", "decodes 1 bit to 0 and -1, where it means 1 and -1", "run: 5.23, error 0.05",
+        ("int",), (1,), hint="write `bits: 2`"),
     Row("transformers", "refused", "ends with an error of conversion", "run: 5.17", ("int",),
         symmetric=False, hint="write symmetric codes"),
     Row("transformers", "wrong", "reads one packing for all experts and says so only where shapes disagree",
@@ -147,8 +149,8 @@ def in_words(form: Form) -> str:
     """`4 bits in groups of 128`, `2 and 4 bits in rows, by expert`."""
     names = {"fp8": "FP8 in rows", "fp8_block": "FP8 in blocks of 128", "mxfp4": "MXFP4"}
     groups = " and ".join("rows" if size == CHANNEL else f"groups of {size}" for size in form.groups)
-    bits = " and ".join(map(str, form.bits))
-    said = names.get(form.format, f"{bits} bits in {groups}")
+    bits = f"{' and '.join(map(str, form.bits))} bit{'' if form.bits == (1,) else 's'}"
+    said = names.get(form.format, f"{bits} in {groups}")
     return said if form.mix == "none" else f"{said}, which differ by {form.mix}"
 
 

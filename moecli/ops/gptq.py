@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moecli.ops.kernels import kernels
+from moecli.ops.pack import nearest
 
 LEAF = 32
 """Columns that are rounded one by one between two products."""
@@ -119,7 +120,7 @@ def _inverse_factor(matrix_ECC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve(weight_ERC: Tensor, scale_ERG: Tensor, found: Factor, bits: int) -> Solved:
-    """Codes of `weight_ERC` for group scales that are given, in [-2^(b-1), 2^(b-1) - 1]."""
+    """Codes of `weight_ERC` for group scales that are given, on the grid of `ops.pack`."""
     columns = weight_ERC.shape[-1]
     # Rows come last from here on: what a thread does for one row it does for its neighbours in memory as well.
     left_ECR = _wide(weight_ERC).mT.contiguous().gather(1, _columns(found.order_EC, weight_ERC))
@@ -158,10 +159,9 @@ def solve_block(
     left_EBR: Tensor, upper_EBB: Tensor, scale_EGR: Tensor, group_EB: Tensor, codes_EBR: Tensor, bits: int
 ) -> None:
     """Writes the codes of one block of columns; `left_EBR` becomes the errors that columns behind it make good."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     scale_EBR = scale_EGR.gather(1, group_EB[..., None].expand(*group_EB.shape, scale_EGR.shape[-1]))
     for j in range(left_EBR.shape[1]):
-        code_ER = (left_EBR[:, j] / scale_EBR[:, j]).round().clamp(low, high)
+        code_ER = nearest(left_EBR[:, j] / scale_EBR[:, j], bits)
         error_ER = (left_EBR[:, j] - code_ER * scale_EBR[:, j]) / upper_EBB[:, j, j, None]
         left_EBR[:, j + 1 :] -= upper_EBB[:, j, j + 1 :, None] * error_ER[:, None]
         codes_EBR[:, j], left_EBR[:, j] = code_ER.to(torch.int8), error_ER

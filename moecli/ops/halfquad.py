@@ -9,7 +9,7 @@ is split by a second variable v that stands for the error, and solved by turns, 
     v = shrink(e),  shrink(e) = sign(e) max(|e| - |e|^(p - 1) / beta, 0)
     s = <q, w - v> / <q, q>,  q = clamp(round(w / s))
 
-The second line is the least-squares scale of the weights without their outliers' errors.
+The second line is the least-squares scale of the weights without their outliers' errors; q as in `ops.pack`.
 
 Source: HQQ (Badri and Shaji, 2023, "Half-Quadratic Quantization of Large Machine Learning Models"), which moves a zero
 point and leaves the scale; symmetric grids have no zero point. Constants are the published ones. Errors are measured in
@@ -22,14 +22,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecli.ops.pack import group_scale, rounded_again
+from moecli.ops.pack import group_scale, nearest, rounded_again
 
 P, BETA, GROWTH, STEPS = 0.7, 10.0, 1.01, 20
 
 
 def half_quadratic_scale(weight_NK: Tensor, bits: int, group_size: int) -> Tensor:
     """Scale of each group [.., N, G] in the weight's dtype; of all that the iteration passes, the one with least
-    sum |e|^0.7, so none is worse by this norm than that of the largest weight. A group of zeros gets 1.
+    sum |e|^0.7, so none is worse by this norm than that of `group_scale`, nor larger for a group of zeros.
 
     Leading dimensions are allowed. Raises ValueError when `group_size` does not divide K.
     """
@@ -60,7 +60,7 @@ def quantize_hqq(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor,
 
 
 def _codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return nearest(weight / scale, bits)
 
 
 def _norm(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -1,5 +1,12 @@
 """Round-to-nearest integer codes and their dense bit packing (compressed-tensors `pack-quantized`).
 
+A weight is code * scale, symmetric grids only:
+
+    b > 1    codes -2^(b-1) .. 2^(b-1) - 1, scale max|w| / ((2^b - 1) / 2) of the group
+    b = 1    codes -1 and 1, the sign (that of 0 is 1), scale mean|w| of the group: the least squared error
+
+The second row is MC-MoE's (arXiv 2410.06270); compressed-tensors has -1 and 0 there, so no stock loader reads 1 bit.
+
 Letters: N output rows, K input columns, G groups along K. All functions are pure and run on any device.
 """
 
@@ -8,16 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INT_BITS = (2, 3, 4, 8)
+INT_BITS = (1, 2, 3, 4, 8)
 
 
 def quantize_rtn(weight_NK: Tensor, bits: int, group_size: int, shrink: bool = False) -> tuple[Tensor, Tensor]:
-    """Symmetric round-to-nearest: codes_NK int8 in [-2^(b-1), 2^(b-1)-1] and scale_NG in the weight's dtype.
+    """Symmetric round-to-nearest: codes_NK int8 and scale_NG in the weight's dtype, on the grid above.
 
-    scale = max|w| / ((2^b - 1) / 2) per group, cast to the weight's dtype *before* it divides, so that the
-    codes are the best ones for the scale that is stored (compressed-tensors' symmetric grid, quantize.md 1.2).
-    A group of zeros gets scale 1; `shrink`: see `group_scale`. Leading batch dimensions are allowed. Raises ValueError
-    when `group_size` does not divide K.
+    Scales are cast to the weight's dtype *before* they divide, so that the codes are the best ones for the scale that
+    is stored (as compressed-tensors does, quantize.md 1.2). `shrink`, and groups of zeros: see `group_scale`. Leading
+    batch dimensions are allowed. Raises ValueError when `group_size` does not divide K.
     """
     scale = group_scale(weight_NK, bits, group_size, shrink)
     grouped = weight_NK.float().unflatten(-1, (-1, group_size))
@@ -25,21 +31,24 @@ def quantize_rtn(weight_NK: Tensor, bits: int, group_size: int, shrink: bool = F
 
 
 def group_scale(weight_NK: Tensor, bits: int, group_size: int, shrink: bool = False) -> Tensor:
-    """Scale of each group [N, G] in the weight's dtype: max|w| / ((2^b - 1) / 2), or 1 for a group of zeros.
+    """Scale of each group [N, G] in the weight's dtype; for a group of zeros 1, or the least normal number with 1 bit,
+    which has no code for zero.
 
     With `shrink` the best of 80 scales, 1.00, 0.99, ... 0.21 of that, by the sum of |error|^2.4 over the group (GPTQ's
-    MSE search, quantize.md 1.2). Raises ValueError when `group_size` does not divide K.
+    MSE search, quantize.md 1.2); with 1 bit of twice that, for there the best may be larger. Raises ValueError when
+    `group_size` does not divide K.
     """
     columns = weight_NK.shape[-1]
     if columns % group_size:
         raise ValueError(f"group_size {group_size} does not divide the input width {columns}")
     grouped = weight_NK.float().unflatten(-1, (columns // group_size, group_size))
-    whole = grouped.abs().amax(-1) / ((2**bits - 1) / 2)
-    best = _stored(whole, weight_NK.dtype)
+    plain = grouped.abs().mean(-1) if bits == 1 else grouped.abs().amax(-1) / ((2**bits - 1) / 2)
+    best = _stored(plain, weight_NK.dtype, bits)
     if shrink:
         least = _error(grouped, best.float(), bits)
-        for step in range(1, 80):
-            scale = _stored(whole * (1 - step / 100), weight_NK.dtype)
+        widest = 2 * plain if bits == 1 else plain
+        for step in range(80):
+            scale = _stored(widest * (1 - step / 100), weight_NK.dtype, bits)
             error = _error(grouped, scale.float(), bits)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
@@ -51,13 +60,20 @@ def rounded_again(weight_NK: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
     return _codes(grouped, scale_NG.to(grouped), bits).to(torch.int8).flatten(-2)
 
 
-def _stored(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
+def nearest(value: Tensor, bits: int) -> Tensor:
+    """The code nearest to each weight, given in units of its scale; in its dtype."""
+    if bits == 1:
+        return torch.where(value < 0, -1.0, 1.0).to(value)
+    return value.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _stored(scale_NG: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
     scale = scale_NG.to(dtype)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.masked_fill(scale == 0, torch.finfo(dtype).tiny if bits == 1 else 1.0)
 
 
 def _codes(grouped_NGg: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
-    return (grouped_NGg / scale_NG[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return nearest(grouped_NGg / scale_NG[..., None], bits)
 
 
 def _error(grouped_NGg: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
@@ -75,9 +91,11 @@ def dequantize(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None = None
 def pack_rows(codes_NK: Tensor, bits: int) -> Tensor:
     """int8 codes to a dense little-endian int32 stream per row: int32 [N, ceil(K*bits/32)].
 
-    Code u = q + 2^(bits-1); element i occupies bits [i*bits, (i+1)*bits). Values may straddle words (3 bits).
+    Code u = q + 2^(bits-1), or (q + 1) / 2 of 1 bit; element i occupies bits [i*bits, (i+1)*bits). Values may straddle
+    words (3 bits).
     """
-    unsigned = (codes_NK.to(torch.int32) + 2 ** (bits - 1)).flatten(0, -2)
+    codes = codes_NK.to(torch.int32).flatten(0, -2)
+    unsigned = (codes > 0).to(torch.int32) if bits == 1 else codes + 2 ** (bits - 1)
     if 32 % bits == 0:
         per_word = 32 // bits
         padded = _pad_columns(unsigned, per_word).unflatten(-1, (-1, per_word))
@@ -102,7 +120,7 @@ def unpack_rows(packed_NW: Tensor, bits: int, columns: int) -> Tensor:
         stream = ((words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1).flatten(-2)
         stream = stream[..., : columns * bits].unflatten(-1, (columns, bits))
         unsigned = (stream << torch.arange(bits, device=words.device)).sum(-1)
-    return (unsigned - 2 ** (bits - 1)).to(torch.int8)
+    return (2 * unsigned - 1 if bits == 1 else unsigned - 2 ** (bits - 1)).to(torch.int8)
 
 
 def _pad_columns(values: Tensor, multiple: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moecli.ops.budget import Item, Level, Problem
+from moecli.ops.pack import dequantize, quantize_rtn
 
 PMQ_EXPONENTS = (1.0, 1.5, 1.0)
 """alpha, beta, gamma that give the published bit maps. The released option says gamma 2, but its code never uses it."""
@@ -53,10 +54,13 @@ def outlier_score(weight_NK: Tensor) -> Tensor:
 
 def asymmetric(weight_NK: Tensor, bits: int, group_size: int) -> Tensor:
     """Values left by rounding to nearest between the least and the largest weight of each group, 0 among them; the zero
-    point is rounded. Same shape and dtype, computed in fp32; leading dimensions are allowed.
+    point is rounded. With 1 bit the sign times mean|w|. Same shape and dtype, computed in fp32; leading dimensions are
+    allowed.
 
     The grid on which the published code of PMQ and GEMQ measures (scales and zero points are not rounded to a dtype).
     """
+    if bits == 1:
+        return dequantize(*quantize_rtn(weight_NK.float(), bits, group_size)).to(weight_NK.dtype)
     grouped = weight_NK.float().unflatten(-1, (-1, group_size))
     low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / (2**bits - 1)

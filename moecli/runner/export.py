@@ -27,7 +27,17 @@ from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families import ALIAS_KEY, WIDTHS_KEY, family_of, form_of, padded
 from moecli.io.durable import natural_key
 from moecli.io.factors import FACTORS_KEY
-from moecli.io.formats import DenseView, corrected_weights, factor_names, format_of, packed_weights
+from moecli.io.formats import (
+    DenseView,
+    corrected_weights,
+    factor_names,
+    format_of,
+    packed_names,
+    packed_weights,
+    scheme_of,
+    schemes_of,
+    unpacked_spec,
+)
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.servable import in_words, why_not
 from moecli.io.writer import Export, export_folder
@@ -87,13 +97,27 @@ def why_not_exported(model: ModelSketch, kind: Kind | Literal["auto"]) -> Proble
         return None
     if kind == "research":
         return _why_not_research(model)
-    stock, compact = why_not_stock(model), _why_not_compact(model)
+    stock, floats, narrow = why_not_stock(model), _why_not_integers(model), _why_not_told(model)
     if kind == "auto":
-        return stock if compact else None
-    return stock if kind == "stock" else compact
+        return stock and (narrow or (floats and stock))
+    return stock if kind == "stock" else floats or narrow
 
 
-def _why_not_compact(model: ModelSketch) -> Problem | None:
+def _why_not_told(model: ModelSketch) -> Problem | None:
+    """The loader of the compact form sees bits in the words of a row, which few inputs leave open."""
+    schemes = schemes_of(model.config)
+    for name in sorted(packed_weights(model.specs), key=natural_key):
+        if format_of(name, model.specs) != "int":
+            continue
+        words, bits = model.specs[packed_names(name).packed].shape[-1], scheme_of(name, schemes).bits
+        inputs = unpacked_spec(name, model.specs, schemes).shape[-1]
+        if words * 32 // inputs != bits:
+            message = f"`{name}` has {inputs} inputs, whose words look alike for {bits} bits and {words * 32 // inputs}"
+            return Problem("export", message, hint="write `bits: 4` or 8, or `export: expanded`")
+    return None
+
+
+def _why_not_integers(model: ModelSketch) -> Problem | None:
     floats = sorted({format_of(name, model.specs) for name in packed_weights(model.specs)} - {"int"})
     if not floats:
         return None

@@ -241,7 +241,8 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def unpack(packed: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
     """codes * scale in the scale's dtype: symmetric `pack-quantized` of compressed-tensors, dense words.
 
-    packed int32 [N, W], scale [N, G], shape int64 [2] = N, K. Bits are what fits: W = ceil(K * bits / 32).
+    packed int32 [N, W], scale [N, G], shape int64 [2] = N, K. Bits are what fits: W = ceil(K * bits / 32), which tells
+    them for K from 32 on. With 1 bit codes are -1 and 1.
     """
     columns = int(shape.flatten()[-1])
     bits = packed.shape[-1] * 32 // columns
@@ -253,7 +254,7 @@ def unpack(packed: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
         stream = ((words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1).flatten(-2)
         stream = stream[..., : columns * bits].unflatten(-1, (columns, bits))
         unsigned = (stream << torch.arange(bits, device=words.device)).sum(-1)
-    codes = (unsigned - 2 ** (bits - 1)).to(scale.dtype)
+    codes = (2 * unsigned - 1 if bits == 1 else unsigned - 2 ** (bits - 1)).to(scale.dtype)
     return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 

@@ -38,7 +38,7 @@ def form_for(row) -> Form:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.loader}-{row.verdict}-{row.formats}-{row.mix}"[:60])
 def test_no_row_is_hidden_behind_another(row):
     """Rows are asked in order: each answers for something."""
-    bits = row.bits or (2, 3, 4, 8)
+    bits = row.bits or (1, 2, 3, 4, 8)
     groups = row.groups or (CHANNEL, 16, 32, 128)
     forms = (
         replace(form_for(row), bits=(b,), groups=(g,), mix=mix, format=format, dtype=dtype)
@@ -65,6 +65,8 @@ def test_what_is_wrong_or_refused_is_never_servable(row):
         (INT4, "works", "works"),
         (replace(INT4, bits=(8,), groups=(CHANNEL,)), "works", "works"),
         (replace(INT4, bits=(3,)), "works", "refused"),
+        (replace(INT4, bits=(1,)), "wrong", "refused"),
+        (replace(INT4, bits=(1, 2, 3), mix="expert"), "wrong", "wrong"),
         (replace(INT4, groups=(16,)), "works", "refused"),
         (replace(INT4, symmetric=False), "refused", "works"),
         (replace(INT4, bits=(2, 4), mix="expert"), "wrong", "wrong"),
@@ -94,6 +96,7 @@ def test_what_no_row_speaks_of_is_refused():
 
 def test_forms_in_words():
     assert in_words(INT4) == "4 bits in groups of 32"
+    assert in_words(replace(INT4, bits=(1,))) == "1 bit in groups of 32"
     mix = replace(INT4, bits=(2, 4), groups=(CHANNEL, 64), mix="layer")
     assert in_words(mix) == "2 and 4 bits in rows and groups of 64, which differ by layer"
     assert in_words(Form("fp8", (8,), (CHANNEL,))) == "FP8 in rows"

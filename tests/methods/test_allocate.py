@@ -25,8 +25,6 @@ from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe, sketch_of
 from tests.methods.test_gptq import text_for
 
-LEVELS = (2, 3, 4)
-
 
 def stats_of(model, text):
     layers = {}
@@ -47,25 +45,31 @@ def by_gemq(model, ctx, text=None, **options):
     return gemq(opt, text or text_for(model), model, ctx)
 
 
-def norms(model, text):
+def norms(model, text, levels):
     """{layer: [E, levels]}: sum over batches of two of the error's norm"""
     batches, found = batches_of(text, 2), {}
     for batch in batches:
         for layer in sweep(model, [batch]):
             ends = torch.tensor([batch.input_ids.numel()])
-            collector = RoundingErrors(layer.parts.experts, LEVELS, rounding(16), ends)
+            collector = RoundingErrors(layer.parts.experts, levels, rounding(16), ends)
             norm = layer.observe([collector])["rounding_errors"][0].sqrt()
             found[layer.index] = found.get(layer.index, 0) + norm
     return found
 
 
-@pytest.mark.parametrize(("average", "exponents"), [(2.5, (1, 1.5, 1)), (3.2, (1, 1.5, 1)), (2.75, (0, 2, 0.5))])
-def test_pmq_is_the_best_of_all_plans_by_its_formula(average, exponents, checkpoint, context):
+@pytest.mark.parametrize(
+    ("levels", "average", "exponents"),
+    [
+        ((2, 3, 4), 2.5, (1, 1.5, 1)), ((2, 3, 4), 3.2, (1, 1.5, 1)), ((2, 3, 4), 2.75, (0, 2, 0.5)),
+        ((1, 2, 3), 1.5, (1, 1.5, 1)), ((1, 2, 3), 2.0, (1, 1.5, 1)),
+    ],
+)  # fmt: skip
+def test_pmq_is_the_best_of_all_plans_by_its_formula(levels, average, exponents, checkpoint, context):
     model = checkpoint()
     text = text_for(model)
     alpha, beta, gamma = exponents
-    plan = by_pmq(model, context(), text, average=average, alpha=alpha, beta=beta, gamma=gamma)
-    stats, eps = stats_of(model, text), norms(model, text)
+    plan = by_pmq(model, context(), text, average=average, bits=levels, alpha=alpha, beta=beta, gamma=gamma)
+    stats, eps = stats_of(model, text), norms(model, text, levels)
     for layer in model.facts.moe_layers:
         phi = stats[layer].count_E / stats[layer].count_E.sum()
         weight = stats[layer]["prob_routed"] / stats[layer]["prob_routed"].sum()
@@ -73,9 +77,9 @@ def test_pmq_is_the_best_of_all_plans_by_its_formula(average, exponents, checkpo
         best = min(
             (sum(cost[e, b].item() for e, b in enumerate(choice)), choice)
             for choice in itertools.product(range(3), repeat=8)
-            if sum(LEVELS[b] for b in choice) <= average * 8 and {1, 2} <= set(choice)
+            if sum(levels[b] for b in choice) <= average * 8 and {1, 2} <= set(choice)
         )
-        assert [[LEVELS[b]] * 2 for b in best[1]] == plan[layer].tolist()
+        assert [[levels[b]] * 2 for b in best[1]] == plan[layer].tolist()
 
 
 def test_batches_count_in_pmq_and_not_in_gemq(checkpoint, context):
@@ -168,6 +172,8 @@ def test_readers_constrain_the_plan(checkpoint, context):
     assert sorted(sorted(set(pairs)) for pairs in of_layers.values()) == [[(4, 4)], [(8, 8)]]
     whole = by_gemq(model, ctx, text, average=3.9, servable="hf").pairs()
     assert {pair for pairs in whole.values() for pair in pairs} == {(3, 3)}
+    whole = by_gemq(model, ctx, text, average=2.9, bits=[1, 2, 3], servable="hf").pairs()
+    assert {pair for pairs in whole.values() for pair in pairs} == {(2, 2)}
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
@@ -189,7 +195,12 @@ BAD = [
     ("gemq", {"average": 3, "servable": "vllm", "bits": [2, 4, 8]}, "average",
      "`average` must be at least 4.0, got 3.0"),
     ("gemq", {"average": 2.5, "servable": "vllm", "bits": [2, 3]}, "bits",
-     "vLLM's experts take 4 or 8 bits, `bits` has none of them"),
+     "vLLM takes experts of 4 or 8 bits, `bits` has none of them"),
+    ("gemq", {"average": 1, "servable": "hf", "bits": [1]}, "bits",
+     "transformers takes experts of 2, 3, 4 or 8 bits, `bits` has none of them"),
+    ("gemq", {"average": 1.9, "servable": "hf", "bits": [1, 2]}, "average", "`average` must be at least 2.0, got 1.9"),
+    ("pmq", {"average": 1.3, "bits": [1, 2, 3]}, "average",
+     "`average` must be at least 1.375 with `at_least`, got 1.3"),
     ("pmq", {"average": 4, "servable": "vllm", "bits": [4, 8]}, "at_least",
      "experts that share their bits cannot have one at each of the upper two"),
     ("pmq", {"average": 3, "servable": "hf", "at_least": "none"}, "scope",
@@ -251,6 +262,9 @@ def recipe_of(tmp_path, model, text_file, allocate, more=(), **top):
     ("family", "allocate"),
     [
         ("qwen3_moe", {"run": "allocate/pmq", "with": {"average": 2.5, "group_size": 16}}),
+        ("qwen3_moe", {"run": "allocate/pmq", "with": {"average": 2.0, "bits": [1, 2, 3], "group_size": 16}}),
+        ("mixtral", {"run": "allocate/gemq", "with": {"average": 1.5, "bits": [1, 2, 3], "group_size": 16}}),
+        ("gpt_oss", {"run": "allocate/gemq", "with": {"average": 2.0, "bits": [1, 3], "group_size": 16}}),
         ("mixtral", {"run": "allocate/gemq", "with": {"average": 2.75, "group_size": 16}}),
         ("gpt_oss", {"run": "allocate/gemq", "with": {"average": 3.0, "bits": [2, 4], "group_size": 16}}),
         ("deepseek_v3", {"run": "allocate/pmq", "with": {"average": 3.5, "bits": [2, 3, 4, 8], "group_size": 16}}),
@@ -305,6 +319,13 @@ def test_a_mix_has_no_stock_form_and_the_recipe_hears_it(tiny_model, text_file, 
     allocate = {"run": "allocate/gemq", "with": {"average": 2.5, "group_size": 16}}
     ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate, export="stock"))
     assert "there is no stock form of this model" in message and "one packing for all experts" in message
+
+
+@pytest.mark.parametrize(("name", "average", "levels"), [("pmq", 2.0, [1, 2, 3]), ("gemq", 3.0, [2, 3, 4])])
+def test_a_mean_that_is_one_of_the_numbers_is_planned_as_a_mix(name, average, levels, tiny_model, text_file, tmp_path):
+    allocate = {"run": f"allocate/{name}", "with": {"average": average, "bits": levels, "group_size": 16}}
+    ((message, _),) = problems_in(recipe_of(tmp_path, tiny_model("qwen3_moe"), text_file, allocate, export="stock"))
+    assert f"packed to {levels[0]} and {levels[1]} and {levels[2]} bits" in message
 
 
 def test_a_tie_that_no_average_can_keep_is_refused(tiny_model, text_file, tmp_path):

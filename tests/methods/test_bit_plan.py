@@ -13,6 +13,7 @@ from moecli.io.formats import DenseView
 from moecli.methods.quantize import gptq as gptq_module
 from moecli.methods.quantize.gptq import Gptq, gptq
 from moecli.methods.quantize.rtn import Rtn, rtn
+from moecli.ops.pack import INT_BITS
 from moecli.runner.export import choose, export
 from moecli.runner.open import sketch_of
 from tests.methods.test_gptq import text_for
@@ -21,11 +22,11 @@ STACKED = ("granitemoe", "gpt_oss")
 
 
 def mixed(model, seed=0):
-    """Bits 2, 3, 4 and 8 in some order, gate and up apart from down."""
+    """Bits 1, 2, 3, 4 and 8 in some order, gate and up apart from down."""
     rng = torch.Generator().manual_seed(seed)
-    levels = torch.tensor([2, 3, 4, 8])
+    levels = torch.tensor(INT_BITS)
     shape = (model.facts.experts, 2)
-    return BitPlan({layer: levels[torch.randint(4, shape, generator=rng)] for layer in model.facts.moe_layers})
+    return BitPlan({layer: levels[torch.randint(5, shape, generator=rng)] for layer in model.facts.moe_layers})
 
 
 def even(model, *bits):
@@ -35,7 +36,7 @@ def even(model, *bits):
 
 
 def by_rtn(model, ctx, plan, **options):
-    opt = Rtn(group_size=16, **options)
+    opt = Rtn(group_size=16, **{"attention_bits": 8} | options)
     rtn(opt, model, plan, ctx)
     return ctx.finish(model), opt
 
@@ -65,7 +66,7 @@ def test_each_expert_is_what_it_is_when_all_have_its_bits(model_type, quantize, 
     model = checkpoint(model_type)
     plan, family = mixed(model), family_of(model.config)
     found, opt = quantize(model, context("mix"), plan)
-    whole = {bits: DenseView(quantize(model, context(str(bits)), None, bits=bits)[0]) for bits in (2, 3, 4, 8)}
+    whole = {bits: DenseView(quantize(model, context(str(bits)), None, bits=bits)[0]) for bits in INT_BITS}
     view = DenseView(found)
     first = model.facts.moe_layers[0]  # later layers of GPTQ see what the mix makes
     for layer in model.facts.moe_layers if quantize is by_rtn else [first]:
@@ -100,7 +101,7 @@ def test_a_plan_with_one_number_of_bits_is_stock_and_that_number_is_the_scheme(c
     from transformers import AutoModelForCausalLM
 
     model = checkpoint()
-    found, _ = by_rtn(model, context(), even(model, 8, 8), bits=4)
+    found, _ = by_rtn(model, context(), even(model, 8, 8), bits=4, attention_bits=4)
     groups = found.config["quantization_config"]["config_groups"]
     assert [group["weights"]["num_bits"] for group in groups.values()] == [8, 4]
     assert groups["group_0"]["targets"] == ["Linear"]
@@ -169,7 +170,7 @@ def test_the_report_counts_bits_and_bytes(checkpoint, context):
     [
         (lambda m: BitPlan({0: torch.full((8, 2), 4)}), "the plan is for 1 layers with experts, the model has 2"),
         (lambda m: BitPlan(dict.fromkeys((0, 1), torch.full((6, 2), 4))), "the plan is for 6 experts, the model has 8"),
-        (lambda m: even(m, 4, 1), "there is no packed form of 1 bits, only of 2, 3, 4, 8"),
+        (lambda m: even(m, 4, 5), "there is no packed form of 5 bits, only of 1, 2, 3, 4, 8"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(plan, message, checkpoint, context):

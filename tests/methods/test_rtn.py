@@ -8,7 +8,9 @@ from moecli.families import FAMILIES, family_of, linears_of
 from moecli.io.formats import DenseView, is_packed
 from moecli.methods.quantize.rtn import Rtn, rtn
 from moecli.ops.pack import dequantize, quantize_rtn
+from moecli.runner.export import choose, export, why_not_exported
 from moecli.runner.open import sketch_of
+from moecli.runner.verify import verify
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -81,3 +83,52 @@ def test_a_group_size_that_does_not_divide_the_inputs_of_a_stack_is_named(checkp
     narrow = checkpoint("gpt_oss", intermediate_size=24)
     with pytest.raises(MoecliError, match=r"16 does not divide the input width 24 of `.*experts\.down_proj`"):
         Rtn(group_size=16).forecast(sketch_of(narrow))
+
+
+ONE_BIT = {"bits": 1, "attention_bits": 8, "group_size": 16}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_one_bit_is_exported_compact_and_a_fresh_process_computes_the_same(model_type, checkpoint, context, tmp_path):
+    model, ctx = checkpoint(model_type), context()
+    rtn(Rtn(**ONE_BIT), model, None, ctx)
+    packed = ctx.finish(model)
+    weight, left = (family_of(model.config).read_expert(c, 1, 3).down_DF for c in (model, DenseView(packed)))
+    size = weight.unflatten(-1, (-1, 16)).abs().mean(-1, keepdim=True).expand(-1, -1, 16).flatten(-2)
+    torch.testing.assert_close(left, torch.where(weight < 0, -size, size))
+    assert choose(packed) == "compact"
+    export(packed, tmp_path / "model")
+    found = verify(tmp_path / "model", packed)
+    assert found.problems == () and found.status == "passed"
+
+
+def test_one_bit_is_for_routed_experts(checkpoint):
+    (problem,) = Rtn(bits=1, group_size=16).problems(checkpoint().facts)
+    assert (problem.option, problem.hint) == ("bits", "write `attention_bits: 4`")
+    assert problem.message == "1 bit is for routed experts, and `bits` holds for the rest too"
+    (problem,) = Rtn(bits=1, group_size=8).problems(checkpoint("qwen2_moe").facts)
+    assert problem.hint == "write `attention_bits: 4` and `shared_bits: 4`"
+    assert not list(Rtn(**ONE_BIT).problems(checkpoint().facts))
+
+
+@pytest.mark.parametrize("servable", ["hf", "vllm"])
+def test_one_bit_is_refused_where_a_stock_loader_must_read_it(servable, checkpoint):
+    with pytest.raises(MoecliError) as caught:
+        Rtn(**ONE_BIT, servable=servable).forecast(sketch_of(checkpoint()))
+    assert caught.value.message == (
+        f"`servable: {servable}` cannot be kept: experts packed to 1 bit in groups of 16, transformers decodes 1 bit "
+        "to 0 and -1, where it means 1 and -1"
+    )
+    assert caught.value.hint == "write `bits: 2`, or leave `servable` out"
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_bits_that_few_inputs_do_not_tell_are_refused_in_the_compact_form(bits, checkpoint):
+    """A row of 16 codes of 1 or 2 bits is one word, of 3 or 4 bits two."""
+    narrow = checkpoint("gpt_oss", intermediate_size=16)
+    for export_as in ("auto", "compact"):
+        problem = why_not_exported(Rtn(**ONE_BIT | {"bits": bits}).forecast(sketch_of(narrow)), export_as)
+        name = "model.layers.0.mlp.experts.down_proj"
+        assert problem.message == f"`{name}` has 16 inputs, whose words look alike for {bits} bits and {bits + 1}"
+        assert problem.hint == "write `bits: 4` or 8, or `export: expanded`"
+    assert why_not_exported(Rtn(**ONE_BIT | {"bits": 4}).forecast(sketch_of(narrow)), "auto") is None

@@ -17,7 +17,7 @@ def compare(fast: ModuleType, device: str, experts: int = 2, rows: int = 19, wid
     upper = gptq.factor(x.mT @ x).upper_ECC
     group = torch.randint(0, 3, (experts, 2 * width), generator=rng).to(device)
     here = slice(width // 2, width // 2 + width)
-    for bits in (2, 3, 4, 8):
+    for bits in (1, 2, 3, 4, 8):
         scale = (0.5 + torch.rand(experts, 3, rows, generator=rng)).to(device) * 4 / 2**bits
         (codes, errors), (twin_codes, twin_errors) = (
             (torch.full(weight.shape, 99, dtype=torch.int8, device=device), weight.clone()) for _ in range(2)

@@ -13,10 +13,12 @@ def plain(group, bits):
     """One group in float64, element by element; the least 0.7-norm that any step reaches."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     first = max(abs(w) for w in group) / ((2**bits - 1) / 2) or 1.0
+    if bits == 1:
+        first = sum(map(abs, group)) / len(group) or 2.0**-126
     values = [w / first for w in group]
 
     def code(w, s):
-        return min(max(round(w / s), low), high)
+        return (1 if w >= 0 else -1) if bits == 1 else min(max(round(w / s), low), high)
 
     def norm(s):
         return sum(abs(w - code(w, s) * s) ** 0.7 for w in values)
@@ -36,7 +38,7 @@ def plain(group, bits):
     return best * first, least
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_scales_are_those_of_the_plain_loop(bits):
     rng = torch.Generator().manual_seed(bits)
     weight = torch.randn(6, 32, generator=rng).double()
@@ -53,10 +55,12 @@ def test_scales_are_those_of_the_plain_loop(bits):
 
 def norm_of(group, scale, bits):
     codes = (group / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if bits == 1:
+        codes = 2.0 * (group >= 0) - 1
     return float((group - codes * scale).abs().pow(0.7).sum())
 
 
-@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 50))
+@given(st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 50))
 @settings(max_examples=40, deadline=None)
 def test_never_further_away_by_its_norm_than_rounding(bits, dtype, seed):
     rng = torch.Generator().manual_seed(seed)
@@ -65,7 +69,7 @@ def test_never_further_away_by_its_norm_than_rounding(bits, dtype, seed):
     assert codes.dtype == torch.int8 and scale.dtype == dtype and scale.shape == plain_scale.shape
     assert (scale > 0).all() and torch.isfinite(scale).all()
     for c in (codes.long(), plain_codes.long()):
-        assert c.min() >= -(2 ** (bits - 1)) and c.max() < 2 ** (bits - 1)
+        assert c.min() >= -(2 ** (bits - 1)) and c.max() <= max(1, 2 ** (bits - 1) - 1)
     wide = weight.double().unflatten(-1, (4, 8))
     errors = [
         (wide - dequantize(c, s.float()).double().unflatten(-1, (4, 8))).abs().pow(0.7).sum(-1)
@@ -89,3 +93,5 @@ def test_an_outlier_is_given_up_for_the_others():
 def test_a_group_of_zeros_stays_zero():
     codes, scale = quantize_hqq(torch.zeros(2, 16), 4, 8)
     assert not codes.any() and torch.equal(scale, torch.ones(2, 2))
+    codes, scale = quantize_hqq(torch.zeros(2, 16), 1, 8)
+    assert (scale > 0).all() and dequantize(codes, scale).abs().max() <= torch.finfo(torch.float32).tiny

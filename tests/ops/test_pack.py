@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from moecli.ops.pack import INT_BITS, dequantize, pack_rows, quantize_rtn, unpack_rows
 
+LEVELS = {1: [-1, 1]} | {bits: list(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in (2, 3, 4, 8)}
+"""Codes by number of bits, in the order in which they are packed."""
+
 
 def bit_oracle(codes, bits):
     """One row as a Python integer: element i at bits [i*b, (i+1)*b), then cut into 32-bit words."""
-    stream = sum((q + 2 ** (bits - 1)) << (i * bits) for i, q in enumerate(codes))
+    stream = sum(LEVELS[bits].index(q) << (i * bits) for i, q in enumerate(codes))
     words = [(stream >> (32 * w)) & 0xFFFFFFFF for w in range(-(-len(codes) * bits // 32))]
     return [w - 2**32 if w >= 2**31 else w for w in words]
 
@@ -18,8 +21,7 @@ def bit_oracle(codes, bits):
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.sampled_from(INT_BITS), st.integers(1, 70), st.integers(1, 3))
 def test_packing_equals_the_bit_oracle_and_round_trips(data, bits, columns, rows):
-    values = st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    codes = [[data.draw(values) for _ in range(columns)] for _ in range(rows)]
+    codes = [[data.draw(st.sampled_from(LEVELS[bits])) for _ in range(columns)] for _ in range(rows)]
     packed = pack_rows(torch.tensor(codes, dtype=torch.int8), bits)
     assert packed.tolist() == [bit_oracle(row, bits) for row in codes]
     assert unpack_rows(packed, bits, columns).tolist() == codes
@@ -45,13 +47,13 @@ def test_leading_dimensions_pack_like_separate_matrices():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_rounding_takes_the_nearest_level_of_the_stored_scale(bits, dtype):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, scale = quantize_rtn(weight, bits, 32)
     assert scale.dtype == dtype
     assert scale.shape == (6, 2)
-    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).double()
+    levels = torch.tensor(LEVELS[bits]).double()
     for row in range(6):
         for column in range(64):
             step = scale[row, column // 32].double()
@@ -60,13 +62,26 @@ def test_rounding_takes_the_nearest_level_of_the_stored_scale(bits, dtype):
             assert chosen <= errors.min() + 1e-6 * step
 
 
-def test_a_group_of_zeros_stays_zero():
-    weight = torch.zeros(1, 64)
+def test_one_bit_is_the_sign_times_the_mean_size():
+    weight = torch.tensor([[1.0, -2.0, 0.0, 5.0, -0.0, -0.5, -1.5, 0.0]])
+    codes, scale = quantize_rtn(weight, 1, 4)
+    assert scale.tolist() == [[2.0, 0.5]]
+    assert codes.tolist() == [[1, -1, 1, 1, 1, -1, -1, 1]]
+    assert dequantize(codes, scale).tolist() == [[2.0, -2.0, 2.0, 2.0, 0.5, -0.5, -0.5, 0.5]]
+    assert pack_rows(codes, 1).tolist() == [[0b10011101]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("shrink", [False, True])
+def test_a_group_of_zeros_stays_zero(bits, shrink, dtype):
+    weight = torch.zeros(1, 64, dtype=dtype)
     weight[0, 32:] = 1
-    codes, scale = quantize_rtn(weight, 4, 32)
+    codes, scale = quantize_rtn(weight, bits, 32, shrink)
     restored = dequantize(codes, scale)
-    assert torch.isfinite(restored).all()
-    assert restored[0, :32].abs().max() == 0
+    assert torch.isfinite(restored).all() and (scale > 0).all()
+    assert restored[0, :32].abs().max() <= (torch.finfo(dtype).tiny if bits == 1 else 0)  # no code of 1 bit is zero
+    assert (restored[0, 32:] == 1).all() or bits > 1
 
 
 def test_dequantize_is_the_inverse_on_the_grid():

@@ -65,6 +65,13 @@ def test_the_published_factors_give_the_published_maps():
     assert agreeing((1, 1.5, 1), integer_program, every=8) == (36, 36)
 
 
+def test_one_bit_of_the_published_grid_is_the_sign_times_the_mean_size():
+    weight = torch.tensor([[1.0, -2.0, 0.0, 5.0, 0.0, 0.0, 0.0, -1.0]]).bfloat16()
+    assert asymmetric(weight, 1, 4).tolist() == [[2.0, -2.0, 2.0, 2.0, 0.25, 0.25, 0.25, -0.25]]
+    third = asymmetric(torch.tensor([[1.0, 0.0, 0.0]]).double(), 1, 3)
+    assert third.dtype == torch.float64 and third[0, 0] == pytest.approx(1 / 3, abs=1e-7)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_published_grid_weight_by_weight(bits):
     weight = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(bits))

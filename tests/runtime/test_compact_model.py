@@ -134,7 +134,7 @@ def test_a_layer_without_experts_in_the_config_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [1, 3, 4])
 def test_a_stack_is_unpacked_expert_by_expert(bits, transposed):
     """As many inputs as outputs: only the last entry of the shape tells which way round it was."""
     from moecli.runtime.compact_model import unpack_stack
@@ -146,7 +146,7 @@ def test_a_stack_is_unpacked_expert_by_expert(bits, transposed):
     assert torch.equal(unpacked, dense.mT if transposed else dense)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("columns", [32, 48, 160])
 def test_unpack_inverts_the_packing_of_the_quantizers(bits, columns):
     from moecli.runtime.compact_model import unpack

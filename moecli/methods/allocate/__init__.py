@@ -42,9 +42,9 @@ Share = Literal["expert", "layer", "model"]
 SOLVERS: Mapping[str, Callable[[budget.Problem], budget.Solution]] = {
     "dp": budget.dynamic, "milp": budget.integer_program, "greedy": budget.greedy,
 }  # fmt: skip
-VLLM_BITS = (4, 8)
-"""What vLLM's kernels for experts take without a backend of their own."""
-
+READERS: Mapping[str, tuple[str, tuple[int, ...]]] = {"hf": ("transformers", (2, 3, 4, 8)), "vllm": ("vLLM", (4, 8))}
+"""Who `servable` names, and the bits that it takes for experts: transformers has other codes for 1 bit, vLLM takes
+these without a backend of their own."""
 
 _WEIGHTS = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
 """Share of an expert's weights that gate and up are, and that its down projection is."""
@@ -55,7 +55,7 @@ class Allocate(Options):
 
     average: Annotated[float, Field(gt=0)]
     """Mean bits of the routed experts' weights, at most. Scales come on top: 16 / `group_size` bits a weight."""
-    bits: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(strict=False, min_length=1)] = (2, 3, 4)
+    bits: Annotated[tuple[Literal[1, 2, 3, 4, 8], ...], Field(strict=False, min_length=1)] = (2, 3, 4)
     """Numbers of bits that an expert may get."""
     scope: Literal["layer", "model"] = "model"
     """`layer` keeps `average` in every layer, `model` over all of them together."""
@@ -63,15 +63,15 @@ class Allocate(Options):
     """`upper_two`: in every layer one expert or more at the largest of `bits` and one at the next."""
     servable: Literal["research", "vllm", "hf"] = "research"
     """`research`: any mix. `vllm`: one number of bits a layer, 4 or 8, as vLLM's fused experts want it. `hf`: one for
-    all experts of the model. A mix of layers is exported as `compact` all the same, for stock transformers would read
-    the folder that vLLM reads wrongly; who asks the `quantize/...` stage for `servable: vllm` as well gets one number
-    of bits only."""
+    all experts of the model, 2 or more. A mix of layers is exported as `compact` all the same, for stock transformers
+    would read the folder that vLLM reads wrongly; who asks the `quantize/...` stage for `servable: vllm` as well gets
+    one number of bits only."""
     solver: Literal["dp", "milp", "greedy"] = "dp"
     """`dp` and `milp` (HiGHS) are exact, `greedy` walks convex hulls and says how far from the best it may be."""
 
     def levels(self) -> list[int]:
         """Numbers of bits that are allowed, ascending."""
-        known = VLLM_BITS if self.servable == "vllm" else self.bits
+        known = READERS[self.servable][1] if self.servable in READERS else self.bits
         return sorted({bits for bits in self.bits if bits in known})
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
@@ -80,9 +80,10 @@ class Allocate(Options):
             hint = "put this stage above the `quantize/...` stage"
             yield Problem("", f"the model is quantized already ({model.quantized})", hint=hint)
         elif not levels:
-            yield Problem(
-                "bits", "vLLM's experts take 4 or 8 bits, `bits` has none of them", hint="write `bits: [4, 8]`"
-            )
+            reader, known = READERS[self.servable]
+            words = f"{', '.join(map(str, known[:-1]))} or {known[-1]}"
+            yield Problem("bits", f"{reader} takes experts of {words} bits, `bits` has none of them",
+                          hint=f"write `bits: {list(known)}`")  # fmt: skip
         elif self.average > levels[-1]:
             message = f"`average` must be at most the largest number of bits allowed, {levels[-1]}, got {self.average}"
             yield Problem(
@@ -134,9 +135,15 @@ class Allocate(Options):
 
     def forecast(self, model: ModelSketch) -> ModelSketch:
         share, family = self.share(model.config, model.specs), family_of(model.config)
-        # Any errors that fall ever more slowly: the plan is as large as `average` allows.
-        errors = {bits: -math.sqrt(bits) for bits in self.levels()}
-        cost = {layer: [errors] * family.experts_in(layer) for layer in family.facts.moe_layers}
+        # Any errors that fall ever more slowly: the plan is as large as `average` allows. They differ by expert and by
+        # layer, as measured ones do: `average` may be one of `bits`, and the plan is a mix all the same.
+        cost = {
+            layer: [
+                {bits: -place * e * math.sqrt(bits) for bits in self.levels()}
+                for e in range(1, family.experts_in(layer) + 1)
+            ]
+            for place, layer in enumerate(family.facts.moe_layers, 1)
+        }
         choice = _together(budget.greedy(problem) for problem in self.split(cost, share, False))
         return replace(model, planned_bits=plan_of(choice).pairs())
 

@@ -8,14 +8,14 @@ one expert or more is at the largest number of bits and one at the next.
 
 eps depends on `batch_size`, for norms of batches are added and not squares: 8 sequences, as published. Only the
 expert's own tokens are run again (`engine.rounding`), which is exact. Rounding is to nearest, on the symmetric grid
-that `quantize/...` writes unless `grid` says otherwise; published maps have 1 bit too, which has no packed form here.
-Experts that no token reached cost nothing and get the fewest bits.
+that `quantize/...` writes unless `grid` says otherwise; with 1 bit the sign times mean |w| of a group on both. Experts
+that no token reached cost nothing and get the fewest bits.
 
 Source: arXiv 2410.06270 (MC-MoE, section 3.2) and 2510.10962 (MC#). Exponents 1, 1.5, 1 give the
 published maps (the released option says gamma 2 and is never read).
 
 - run: allocate/pmq
-  with: {average: 2.5, bits: [2, 3, 4]}
+  with: {average: 2.0, bits: [1, 2, 3]}       # the published choice
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ layer holds (granitemoe, gpt_oss) in the stacked form of `io.formats`, which loa
 of shared experts, embeddings and the head stay as they are. All routed experts have the same bits, unless a stage above
 (`allocate/...`) gives each its own: such a mix is exported as `compact`, for stock transformers would read it wrongly
 without a word. Experts that share a tensor must have the same bits.
+
+1 bit is for routed experts alone: the mean size of its group with a weight's own sign. No stock loader reads that.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from moecli.io.formats import (
 from moecli.io.servable import Format, Servable, in_words, why_not
 from moecli.ops.pack import INT_BITS, pack_rows
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[1, 2, 3, 4, 8]
 KEPT = 16
 """Stands for a weight that stays as it is."""
 BATCH_ELEMENTS = 1 << 26
@@ -50,7 +52,7 @@ class Quantize(Options):
 
     bits: Bits = 4
     """Bits per weight of the routed experts, unless a plan (`allocate/...`) gives each its own, and of everything that
-    has no own number below. vLLM runs 4 and 8."""
+    has no own number below; 1 for experts only. vLLM runs 4 and 8."""
     attention_bits: Literal[2, 3, 4, 8, 16] | None = None
     """Bits of attention and of dense layers; 16 leaves them as they are, nothing: as `bits`."""
     shared_bits: Literal[2, 3, 4, 8, 16] | None = None
@@ -81,6 +83,10 @@ class Quantize(Options):
         named = {"model width": model.hidden, "expert width": model.expert_width, "shared width": model.shared_width}
         widths = {name: width for name, width in named.items() if width}
         wrong = [f"{name} {width}" for name, width in widths.items() if width % self.group_size]
+        others = ["attention_bits", *(["shared_bits"] if model.shared_width else [])]
+        if self.bits == 1 and (left := [name for name in others if getattr(self, name) is None]):
+            hint = f"write {' and '.join(f'`{name}: 4`' for name in left)}"
+            yield Problem("bits", "1 bit is for routed experts, and `bits` holds for the rest too", hint=hint)
         if wrong and self.stored_as() not in ("fp8", "fp8_block"):
             fits = [g for g in (128, 64, 32, 16) if all(width % g == 0 for width in widths.values())]
             message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"

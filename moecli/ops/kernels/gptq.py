@@ -19,7 +19,7 @@ _COLUMNS = 32
 @triton.jit
 def _solve_block(
     left, upper, scale, group, codes, R, width, low, high, left_e, upper_e, upper_b, scale_e, group_e, codes_e,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -35,7 +35,10 @@ def _solve_block(
     for j in range(width):
         step = tl.load(scale + tl.load(group + j) * R + row, mask=inside, other=1.0)
         value = tl.sum(tl.where((column == j)[:, None], held, 0.0), axis=0)
-        code = tl.minimum(tl.maximum(_round_half_even(_div(value, step)), low), high)
+        if SIGN:
+            code = tl.where(_div(value, step) < 0, -1.0, 1.0)
+        else:
+            code = tl.minimum(tl.maximum(_round_half_even(_div(value, step)), low), high)
         error = _div(value - code * step, tl.load(upper + j * upper_b + j))
         # Columns up to j change too where `upper` is no zero there; nothing reads them again.
         u = tl.load(upper + j * upper_b + column, mask=within, other=0.0)
@@ -64,5 +67,5 @@ def solve_block(
     _solve_block[(triton.cdiv(rows, _ROWS), experts)](
         left_EBR, upper_EBB, scale_EGR, group_EB, codes_EBR, rows, width, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1,
         left_EBR.stride(0), upper_EBB.stride(0), upper_EBB.stride(1), scale_EGR.stride(0), group_EB.stride(0),
-        codes_EBR.stride(0), _ROWS, max(_COLUMNS, triton.next_power_of_2(width)), num_warps=1,
+        codes_EBR.stride(0), bits == 1, _ROWS, max(_COLUMNS, triton.next_power_of_2(width)), num_warps=1,
     )  # fmt: skip
