@@ -283,12 +283,14 @@ class DenseView(StoredCheckpoint):
 
     Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
     compact export as the alias checkpoint it was made from. Experts stored as factors read multiplied
-    out (`io.factors`).
+    out (`io.factors`), GPTQ's layout like ours (`io.gptq_layout`).
     SurroundingsError when it is quantized in a way this view does not know.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.parent = unfactored(checkpoint)
+        from moecli.io.gptq_layout import unpacked_gptq  # which shows its weights under the names of this module
+
+        self.parent = unfactored(unpacked_gptq(checkpoint))
         self.facts_of = self.parent.facts_of
         config = dict(self.parent.config)
         guard = _unwrapped(config.get("quantization_config"))[1]

@@ -2,8 +2,8 @@
 
 Three answers: a loader computes what the numbers say (`works`), says that it cannot (`refused`), or loads without a
 word and computes something else (`wrong`). What is `wrong` or `refused` in stock transformers is never written as a
-stock checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (its CPU build
-runs none of these experts without AMX, so its rows are `read` in its source, not `run`).
+stock checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (of packed
+experts its CPU build runs 4 bits in groups other than 32, with AMX: most of its rows are `read` in its source).
 
 `python scripts/servable_table.py` writes the table into docs/formats.md.
 """
@@ -106,6 +106,8 @@ TABLE: tuple[Row, ...] = (
         hint="write `format: mxfp4`"),
     Row("vllm", "refused", "has no packed form for experts that one tensor a layer holds", f"read: {_MOE}",
         mix=None, symmetric=None, stacked=True),
+    Row("vllm", "works", "runs them packed: Marlin, if 128 divides the model width; with AMX on a CPU",
+        "run: CPU build of 0.32", ("int",), (4,), (64, 128)),
     Row("vllm", "works", "runs them packed: Marlin, if 128 divides the model width", f"read: {_WNA16}", ("int",),
         (4, 8), MARLIN_GROUPS),
     Row("vllm", "refused", "needs its Humming backend for 2 and 3 bits, which is no part of it",
