@@ -82,6 +82,8 @@ _WNA16 = "vllm/.../fused_moe/oracle/int_wna16.py"
 _ONE = "give all experts the same bits and group size"
 
 TABLE: tuple[Row, ...] = (
+    Row("transformers", "works", "decodes gpt_oss's to dense experts while loading", "run: 5.23, error 0", ("mxfp4",),
+        stacked=True),
     Row("transformers", "refused", "has no packed form for experts that one tensor a layer holds", f"read: {_CT}",
         formats=None, mix=None, symmetric=None, stacked=True),
     Row("transformers", "works", "decodes them to dense experts while loading",
@@ -104,6 +106,7 @@ TABLE: tuple[Row, ...] = (
         hint="write `format: int` with `bits: 8`"),
     Row("transformers", "wrong", "ignores the scale of the whole tensor", "run: 5.17, error 1.35", ("nvfp4",),
         hint="write `format: mxfp4`"),
+    Row("vllm", "works", "runs gpt_oss's packed", "read: vllm/.../quantization/mxfp4.py", ("mxfp4",), stacked=True),
     Row("vllm", "refused", "has no packed form for experts that one tensor a layer holds", f"read: {_MOE}",
         mix=None, symmetric=None, stacked=True),
     Row("vllm", "works", "runs them packed: Marlin, if 128 divides the model width; with AMX on a CPU",

@@ -15,6 +15,7 @@ from typing import Any
 from moecli.core.artifacts import CalibrationStats, Evaluation
 from moecli.core.model import DTYPE_BYTES, ModelSketch
 from moecli.io.formats import packed_weights, schemes_of, unpacked_spec
+from moecli.io.gpt_oss_layout import as_packed_specs
 from moecli.io.gptq_layout import gptq_specs
 from moecli.runner.plan import SOURCE, Plan, Step
 
@@ -61,10 +62,10 @@ def _loaded(plan: Plan) -> int | None:
     if plan.final == SOURCE or plan.export in ("expanded", "gptq"):
         return None
     index = plan.final
-    while index != SOURCE and packed_weights(plan.sketch_of(index).specs):
+    while index != SOURCE and packed_weights(as_packed_specs(plan.sketch_of(index).specs)):
         index = plan.steps[index].inputs.get("model", SOURCE)
     sketch = plan.sketch_of(index)
-    return None if packed_weights(sketch.specs) else sketch.bytes
+    return None if packed_weights(as_packed_specs(sketch.specs)) else sketch.bytes
 
 
 def _output_bytes(output: ModelSketch, export: str | None) -> int:

@@ -39,6 +39,7 @@ from moecli.io.formats import (
     scheme_of,
     schemes_of,
 )
+from moecli.io.gpt_oss_layout import as_packed_specs
 from moecli.io.gptq_layout import GptqView, why_no_gptq
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.servable import answer, in_words, why_not
@@ -110,7 +111,8 @@ def why_not_exported(model: ModelSketch, kind: Kind | Literal["auto"]) -> Proble
 
 
 def _why_not_compact(model: ModelSketch) -> Problem | None:
-    floats = sorted({format_of(name, model.specs) for name in packed_weights(model.specs)} - {"int"})
+    specs = as_packed_specs(model.specs)
+    floats = sorted({format_of(name, specs) for name in packed_weights(specs)} - {"int"})
     if not floats:
         return None
     return Problem("export", f"the compact form packs integers only, this model has weights in {floats[0]}",
@@ -131,11 +133,12 @@ def _why_not_gptq(model: ModelSketch) -> Problem | None:
     if model.config.get(ALIAS_KEY) or model.config.get(WIDTHS_KEY) or model.config.get(FACTORS_KEY):
         return Problem("export", "GPTQ's layout is for experts of one count and width, each a matrix of its own",
                        hint="write `export: compact`")  # fmt: skip
-    weights = sorted(packed_weights(model.specs), key=natural_key)
-    if model.specs and not weights:
+    specs = as_packed_specs(model.specs)
+    weights = sorted(packed_weights(specs), key=natural_key)
+    if specs and not weights:
         return Problem("export", "GPTQ's layout is for packed weights, and no stage packs any",
                        hint="write `export: auto`")  # fmt: skip
-    if floats := sorted({format_of(name, model.specs) for name in weights} - {"int"}):
+    if floats := sorted({format_of(name, specs) for name in weights} - {"int"}):
         return Problem("export", f"GPTQ's layout is for integers, this model has weights in {floats[0]}",
                        hint="write `format: int` in the `quantize/...` stage, or `export: auto`")  # fmt: skip
     if model.facts.dtype not in ("bfloat16", "float16"):
@@ -143,7 +146,7 @@ def _why_not_gptq(model: ModelSketch) -> Problem | None:
                        hint=BF16_HINT)  # fmt: skip
     schemes = schemes_of(model.config)
     for name in weights:
-        if reason := why_no_gptq(name, model.specs, scheme_of(name, schemes)):
+        if reason := why_no_gptq(name, specs, scheme_of(name, schemes)):
             return Problem("export", f"there is no GPTQ layout of this model: `{name}` {reason}",
                            hint="write `export: auto`")  # fmt: skip
     if (form := form_of(model)) and form.mix in ("projection", "expert"):

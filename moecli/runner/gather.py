@@ -139,6 +139,7 @@ def size_of(checkpoint: Checkpoint) -> SizeSide:
 def _part(name: str, linears: Mapping[str, Linear]) -> Part:
     weight = re.sub(r"_(packed|scale|shape|lora_a|lora_b)$", "", name)
     weight = re.sub(r"\.(qweight|qzeros|scales|g_idx)$", ".weight", weight)
+    weight = re.sub(r"_(blocks|scales)$", "", weight)
     if weight in linears and linears[weight].role in _PARTS:
         return _PARTS[linears[weight].role]
     return "embeddings" if re.search(r"embed|lm_head|wte", name) else "other"
