@@ -162,7 +162,8 @@ def markdown() -> str:
     head = "| experts | bits | groups | differ by | symmetric | dtype | loader | answer | what happens | seen |"
     lines = [head, "|" + "---|" * 10]
     for row in TABLE:
-        experts = "one tensor a layer" if row.stacked else ", ".join(row.formats or ("any",))
+        formats = ", ".join(row.formats or ("any",))
+        experts = f"one tensor a layer: {formats}" if row.stacked else formats
         groups = ", ".join("row" if size == CHANNEL else str(size) for size in row.groups or ()) or "any"
         symmetric = {None: "any", True: "yes", False: "no"}[row.symmetric]
         cells = (
