@@ -3,7 +3,7 @@
 Three answers: a loader computes what the numbers say (`works`), says that it cannot (`refused`), or loads without a
 word and computes something else (`wrong`). What is `wrong` or `refused` in stock transformers is never written as a
 stock checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (of packed
-experts its CPU build runs 4 bits in groups other than 32, with AMX: most of its rows are `read` in its source).
+experts its CPU build runs, with AMX, 4 bits in groups other than 32 and gpt_oss's MXFP4: most of its rows are `read`).
 
 `python scripts/servable_table.py` writes the table into docs/formats.md.
 """
@@ -106,7 +106,7 @@ TABLE: tuple[Row, ...] = (
         hint="write `format: int` with `bits: 8`"),
     Row("transformers", "wrong", "ignores the scale of the whole tensor", "run: 5.17, error 1.35", ("nvfp4",),
         hint="write `format: mxfp4`"),
-    Row("vllm", "works", "runs gpt_oss's packed", "read: vllm/.../quantization/mxfp4.py", ("mxfp4",), stacked=True),
+    Row("vllm", "works", "runs gpt_oss's packed", "run: CPU build of 0.32", ("mxfp4",), stacked=True),
     Row("vllm", "refused", "has no packed form for experts that one tensor a layer holds", f"read: {_MOE}",
         mix=None, symmetric=None, stacked=True),
     Row("vllm", "works", "runs them packed: Marlin, if 128 divides the model width; with AMX on a CPU",
