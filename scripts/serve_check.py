@@ -1,13 +1,15 @@
 """Does stock vLLM serve a checkpoint, and does it compute what transformers computes?
 
     python scripts/serve_check.py MODEL_FOLDER [--dtype float32] [--text FILE] [--max-difference 0.02]
+                                               [--reference FOLDER]
 
 vLLM's CPU build lives in an environment of its own, made once (about 1.5 GB, minutes), because its pins do
 not go together with ours. In it one process loads the folder with vLLM and with transformers, nothing of
-`moecli` installed, and compares the log-probabilities of the same prompt tokens.
+`moecli` installed, and compares the log-probabilities of the same prompt tokens. What transformers cannot load
+(`export: gptq`) is compared with a `--reference` of the same weights, such as their `export: stock`.
 
-Of packed experts vLLM's CPU build runs INT4 alone, and these on processors with AMX only (docs/formats.md): for all
-others `reason` is what it says.
+Of packed experts vLLM's CPU build runs INT4 alone, on processors with AMX and with `--dtype bfloat16`
+(docs/formats.md): for all others `reason` is what it says.
 
 Prints one JSON object. Exit 0: the mean absolute difference is small, or the check is skipped, with the
 reason, where vLLM cannot be had. Exit 1: the folder does not load there, or the difference is too large.
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare stock vLLM with transformers on a checkpoint")
     parser.add_argument("model", help="model folder")
+    parser.add_argument("--reference", type=Path, help="what transformers loads (default: the same folder)")
     parser.add_argument("--dtype", default="float32", help="what both compute in (default: float32)")
     parser.add_argument("--text", type=Path, help="file whose beginning is cut into prompts")
     parser.add_argument("--max-difference", type=float, default=MAX_DIFFERENCE)
@@ -159,6 +162,7 @@ def run_inside(python: Path, folder: Path, options: argparse.Namespace) -> dict[
         command = [str(python), "-P", str(Path(__file__).resolve()), str(folder), "--inside", str(out)]
         command += ["--dtype", options.dtype, "--max-difference", str(options.max_difference)]
         command += ["--text", str(options.text.resolve())] if options.text else []
+        command += ["--reference", str(options.reference.resolve())] if options.reference else []
         done = subprocess.run(
             command, cwd=scratch, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -211,7 +215,9 @@ def _result(options: argparse.Namespace, prompts: list[list[int]], served: Seque
     import transformers
     import vllm
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        options.reference or options.model, dtype=getattr(torch, options.dtype)
+    )
     differences, same, generated = [], 0, 0
     for ids, output in zip(prompts, served, strict=True):
         new = list(output.outputs[0].token_ids)

@@ -33,6 +33,8 @@ from moecli.families.ragged import narrow_experts
 from moecli.families.widths import padded
 from moecli.io.factors import FACTORS_KEY, FactoredView, factor_tensors
 from moecli.io.formats import DenseView, packed_weights
+from moecli.io.gpt_oss_layout import METHOD as BLOCKS
+from moecli.io.gptq_layout import METHOD as GPTQ
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -243,7 +245,9 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with packed weights read as ordinary ones and narrow experts padded with zeros; one without any
     is returned as it is.
     """
-    stored_otherwise = packed_weights(checkpoint.names()) or checkpoint.config.get(FACTORS_KEY)
+    quantized = checkpoint.config.get("quantization_config") or {}
+    other_layout = quantized.get("quant_method") in (GPTQ, BLOCKS)
+    stored_otherwise = other_layout or packed_weights(checkpoint.names()) or checkpoint.config.get(FACTORS_KEY)
     return padded(DenseView(checkpoint) if stored_otherwise else checkpoint)
 
 

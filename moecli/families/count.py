@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from moecli.core.model import DTYPE_BYTES, ModelSketch, TensorSpec
 from moecli.families.family import Family, Linear, family_of
 from moecli.io.factors import FACTORS_KEY, factor_tensors, stands_for
 from moecli.io.formats import packed_names, parts_of, scheme_of, schemes_of
+from moecli.io.gpt_oss_layout import as_packed_specs
 from moecli.ops.roofline import LayerCount, Matrix, ModelCount
 
 Specs = Mapping[str, TensorSpec]
@@ -50,6 +52,7 @@ class _Counter:
     """Looks up matrices of one model by the names that they have when they are not packed."""
 
     def __init__(self, family: Family, sketch: ModelSketch) -> None:
+        sketch = replace(sketch, specs=as_packed_specs(sketch.specs))
         self._family, self._specs = family, sketch.specs
         self._schemes = schemes_of(sketch.config)
         self._hidden = family.facts.hidden

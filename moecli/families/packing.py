@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families.family import Family, family_of
 from moecli.io.formats import Group, Schemes, packed_names, packed_weights, scheme_of, schemes_of
+from moecli.io.gpt_oss_layout import as_packed_specs
 from moecli.io.servable import CHANNEL, Form, Mix
 
 DENSE = Group((), 16, CHANNEL)
@@ -18,6 +20,7 @@ def form_of(model: ModelSketch) -> Form | None:
 
     SurroundingsError for a quantization that is not ours to read.
     """
+    model = replace(model, specs=as_packed_specs(model.specs))
     packed = packed_weights(model.specs)
     schemes = schemes_of(model.config)
     if not packed or not schemes:

@@ -31,6 +31,8 @@ class Stacked:
     """[E, D, 2F] and [E, F, D] instead of [E, 2F, D] and [E, D, F]"""
     interleaved: bool = False
     """gate and up alternate along 2F instead of gate first, then up"""
+    blocks: bool = False
+    """Stock readers know these tensors in MXFP4 (`io.gpt_oss_layout`)"""
     gate_up_bias: str | None = None
     down_bias: str | None = None
 
@@ -261,8 +263,8 @@ TABLE: Mapping[str, Row] = {
     "gpt_oss": Row(
         router="router",
         projections=None,
-        stacked=(Stacked(transposed=True, interleaved=True, gate_up_bias="experts.gate_up_proj_bias",
-                         down_bias="experts.down_proj_bias"),),
+        stacked=(Stacked(transposed=True, interleaved=True, blocks=True,
+                         gate_up_bias="experts.gate_up_proj_bias", down_bias="experts.down_proj_bias"),),
         router_tensors=(RouterTensor("router.weight", "router.weight"),
                         RouterTensor("router.bias", "router.bias", role="bias")),
         experts_keys=("num_experts", "num_local_experts"),

@@ -46,6 +46,8 @@ from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
 from moecli.io.factors import unfactored
+from moecli.io.gpt_oss_layout import METHOD as BLOCKS_METHOD
+from moecli.io.gpt_oss_layout import without_blocks
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint
 from moecli.io.servable import CHANNEL, Format
 from moecli.ops.correction import corrected
@@ -284,12 +286,14 @@ class DenseView(StoredCheckpoint):
 
     Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
     compact export as the alias checkpoint it was made from. Experts stored as factors read multiplied
-    out (`io.factors`).
+    out (`io.factors`), GPTQ's layout like ours (`io.gptq_layout`), gpt_oss's blocks dense (`io.gpt_oss_layout`).
     SurroundingsError when it is quantized in a way this view does not know.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.parent = unfactored(checkpoint)
+        from moecli.io.gptq_layout import unpacked_gptq  # which shows its weights under the names of this module
+
+        self.parent = unfactored(without_blocks(unpacked_gptq(checkpoint)))
         self.facts_of = self.parent.facts_of
         config = dict(self.parent.config)
         guard = _unwrapped(config.get("quantization_config"))[1]
@@ -477,6 +481,8 @@ def schemes_of(model_config: Mapping[str, Any]) -> Schemes:
     config = _unwrapped(model_config.get("quantization_config"))[0]
     if config is None:
         return Schemes()
+    if config.get("quant_method") == BLOCKS_METHOD:
+        return Schemes([Group(("Linear",), *FLOATS["mxfp4"], "mxfp4")])
     if config.get("quant_method") != METHOD:
         raise SurroundingsError(f"weights quantized by `{config.get('quant_method')}` cannot be read as dense ones")
     return Schemes(_read_groups(config))

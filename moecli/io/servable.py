@@ -2,8 +2,8 @@
 
 Three answers: a loader computes what the numbers say (`works`), says that it cannot (`refused`), or loads without a
 word and computes something else (`wrong`). What is `wrong` or `refused` in stock transformers is never written as a
-stock checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (its CPU build
-runs none of these experts without AMX, so its rows are `read` in its source, not `run`).
+stock checkpoint. Versions: transformers 5.17 and 5.23, vLLM 0.32 and 0.33 with compressed-tensors 0.17 (of packed
+experts its CPU build runs, with AMX, 4 bits in groups other than 32 and gpt_oss's MXFP4: most of its rows are `read`).
 
 `python scripts/servable_table.py` writes the table into docs/formats.md.
 """
@@ -82,6 +82,8 @@ _WNA16 = "vllm/.../fused_moe/oracle/int_wna16.py"
 _ONE = "give all experts the same bits and group size"
 
 TABLE: tuple[Row, ...] = (
+    Row("transformers", "works", "decodes gpt_oss's to dense experts while loading", "run: 5.23, error 0", ("mxfp4",),
+        stacked=True),
     Row("transformers", "refused", "has no packed form for experts that one tensor a layer holds", f"read: {_CT}",
         formats=None, mix=None, symmetric=None, stacked=True),
     Row("transformers", "works", "decodes them to dense experts while loading",
@@ -106,8 +108,11 @@ TABLE: tuple[Row, ...] = (
         hint="write `format: int` with `bits: 8`"),
     Row("transformers", "wrong", "ignores the scale of the whole tensor", "run: 5.17, error 1.35", ("nvfp4",),
         hint="write `format: mxfp4`"),
+    Row("vllm", "works", "runs gpt_oss's packed", "run: CPU build of 0.32", ("mxfp4",), stacked=True),
     Row("vllm", "refused", "has no packed form for experts that one tensor a layer holds", f"read: {_MOE}",
         mix=None, symmetric=None, stacked=True),
+    Row("vllm", "works", "runs them packed: Marlin, if 128 divides the model width; with AMX on a CPU",
+        "run: CPU build of 0.32", ("int",), (4,), (64, 128)),
     Row("vllm", "works", "runs them packed: Marlin, if 128 divides the model width", f"read: {_WNA16}", ("int",),
         (4, 8), MARLIN_GROUPS),
     Row("vllm", "refused", "needs its Humming backend for 2 and 3 bits, which is no part of it",
@@ -159,7 +164,8 @@ def markdown() -> str:
     head = "| experts | bits | groups | differ by | symmetric | dtype | loader | answer | what happens | seen |"
     lines = [head, "|" + "---|" * 10]
     for row in TABLE:
-        experts = "one tensor a layer" if row.stacked else ", ".join(row.formats or ("any",))
+        formats = ", ".join(row.formats or ("any",))
+        experts = f"one tensor a layer: {formats}" if row.stacked else formats
         groups = ", ".join("row" if size == CHANNEL else str(size) for size in row.groups or ()) or "any"
         symmetric = {None: "any", True: "yes", False: "no"}[row.symmetric]
         cells = (

@@ -86,9 +86,10 @@ class Recipe(_Part):
     """Decides everything random."""
     stages: Annotated[list[StageEntry], Field(min_length=1)]
     """What is done, in this order."""
-    export: Literal["auto", "stock", "compact", "expanded", "research"] = "auto"
+    export: Literal["auto", "stock", "compact", "expanded", "research", "gptq"] = "auto"
     """Form of the finished checkpoint; `auto` is `stock` wherever that is exact, else `compact`. `expanded` and
-    `research` are dense; `research` keeps what was packed beside it."""
+    `research` are dense; `research` keeps what was packed beside it. `gptq` is GPTQ's layout of packed integers, which
+    vLLM loads and transformers does not."""
     expected: list[Expected] = Field(default_factory=list)
     """Numbers this run should reproduce, for `moecli table`; they change nothing in the run."""
 

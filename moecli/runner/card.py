@@ -128,6 +128,9 @@ def _loading(report: Report) -> str:
 
 def _loading_model(report: Report) -> str:
     stock = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER"
+    if report.export == "gptq":
+        vllm = "from vllm import LLM\n\nmodel = LLM(model=FOLDER)"
+        return "vLLM, at 4 and 8 bits; stock transformers does not load GPTQ's layout:\n\n" + fenced(vllm, "python")
     if report.export != "compact":
         return "Plain transformers, nothing else needed:\n\n" + fenced(stock + ")", "python")
     return (

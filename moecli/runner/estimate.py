@@ -15,6 +15,8 @@ from typing import Any
 from moecli.core.artifacts import CalibrationStats, Evaluation
 from moecli.core.model import DTYPE_BYTES, ModelSketch
 from moecli.io.formats import packed_weights, schemes_of, unpacked_spec
+from moecli.io.gpt_oss_layout import as_packed_specs
+from moecli.io.gptq_layout import gptq_specs
 from moecli.runner.plan import SOURCE, Plan, Step
 
 
@@ -32,7 +34,7 @@ class Estimate:
     """Run folder at its largest, before `moecli clean`."""
     loaded_bytes: int | None = None
     """What the model takes once transformers has loaded it: as much as it stores, but for packed weights, which are
-    unpacked on the way. None where the run makes no model, or an expanded one."""
+    unpacked on the way. None where the run makes no model, an expanded one, or one that transformers does not load."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,7 +45,7 @@ def estimate(plan: Plan) -> Estimate:
     if not plan.source.specs:
         return Estimate(None, None, None, None, None)
     output = plan.sketch_of(plan.final)
-    output_bytes = output.bytes + (_dense_bytes(output) if plan.export == "research" else 0)
+    output_bytes = _output_bytes(output, plan.export)
     written = [step.sketch.bytes for step in plan.steps if step.writes_weights]
     return Estimate(
         source_bytes=plan.source.bytes,
@@ -57,13 +59,19 @@ def estimate(plan: Plan) -> Estimate:
 
 def _loaded(plan: Plan) -> int | None:
     """Bytes of the newest model on the way to the last one that has no packed weight."""
-    if plan.final == SOURCE or plan.export == "expanded":
+    if plan.final == SOURCE or plan.export in ("expanded", "gptq"):
         return None
     index = plan.final
-    while index != SOURCE and packed_weights(plan.sketch_of(index).specs):
+    while index != SOURCE and packed_weights(as_packed_specs(plan.sketch_of(index).specs)):
         index = plan.steps[index].inputs.get("model", SOURCE)
     sketch = plan.sketch_of(index)
-    return None if packed_weights(sketch.specs) else sketch.bytes
+    return None if packed_weights(as_packed_specs(sketch.specs)) else sketch.bytes
+
+
+def _output_bytes(output: ModelSketch, export: str | None) -> int:
+    if export == "gptq":
+        return sum(spec.bytes for spec in gptq_specs(output.specs, output.config).values())
+    return output.bytes + (_dense_bytes(output) if export == "research" else 0)
 
 
 def _dense_bytes(sketch: ModelSketch) -> int:

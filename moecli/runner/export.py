@@ -1,4 +1,4 @@
-"""The finished model folder, in one of four forms.
+"""The finished model folder, in one of five forms.
 
 stock      one expert for each router row and one packing for all experts: loads with nothing of ours
 compact    router rows that share experts, experts of different widths or stored as factors, experts packed in different
@@ -8,6 +8,8 @@ expanded   a compact model written out, dense, with a copy of its expert for eac
            and factors multiplied out: stock, nothing saved
 research   a packed model written out, dense, and its codes and scales in `packed/` beside it (`runner.sidecar`): stock,
            nothing saved on disk, for mixes of bits that no engine reads
+gptq       packed integers in GPTQ's layout (`io.gptq_layout`), which vLLM loads and stock transformers does not: for
+           readers of that layout, and for experts whose bits differ by layer
 
 Which loader reads which packed experts rightly, `io.servable` says: what stock transformers would misread or refuse is
 never written as `stock`. All forms keep the names and dtypes of the tensors. The same checkpoint gives the same bytes.
@@ -25,6 +27,7 @@ from moecli.core.artifacts import Checkpoint, sketch_of
 from moecli.core.errors import Problem, UsageError
 from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families import ALIAS_KEY, WIDTHS_KEY, family_of, form_of, padded
+from moecli.families.family import BF16_HINT
 from moecli.io.durable import natural_key
 from moecli.io.factors import FACTORS_KEY
 from moecli.io.formats import (
@@ -38,8 +41,10 @@ from moecli.io.formats import (
     schemes_of,
     unpacked_spec,
 )
+from moecli.io.gpt_oss_layout import as_packed_specs
+from moecli.io.gptq_layout import GptqView, why_no_gptq
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
-from moecli.io.servable import in_words, why_not
+from moecli.io.servable import answer, in_words, why_not
 from moecli.io.writer import Export, export_folder
 from moecli.runner.adapters import write_adapter
 from moecli.runner.sidecar import write_sidecar
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Kind = Literal["stock", "compact", "expanded", "research"]
+Kind = Literal["stock", "compact", "expanded", "research", "gptq"]
 DENSE: tuple[Kind, ...] = ("expanded", "research")
 """Forms that hold dense weights."""
 
@@ -88,6 +93,8 @@ def as_written(checkpoint: Checkpoint, kind: Kind) -> StoredCheckpoint:
         raise UsageError(reason.message, hint=reason.hint)
     if kind in DENSE:
         return _Expanded(padded(DenseView(checkpoint)))
+    if kind == "gptq":
+        return GptqView(_View(checkpoint))
     return _Compact(checkpoint) if kind == "compact" else _View(checkpoint)
 
 
@@ -97,6 +104,8 @@ def why_not_exported(model: ModelSketch, kind: Kind | Literal["auto"]) -> Proble
         return None
     if kind == "research":
         return _why_not_research(model)
+    if kind == "gptq":
+        return _why_not_gptq(model)
     stock, floats, narrow = why_not_stock(model), _why_not_integers(model), _why_not_told(model)
     if kind == "auto":
         return stock and (narrow or (floats and stock))
@@ -118,7 +127,8 @@ def _why_not_told(model: ModelSketch) -> Problem | None:
 
 
 def _why_not_integers(model: ModelSketch) -> Problem | None:
-    floats = sorted({format_of(name, model.specs) for name in packed_weights(model.specs)} - {"int"})
+    specs = as_packed_specs(model.specs)
+    floats = sorted({format_of(name, specs) for name in packed_weights(specs)} - {"int"})
     if not floats:
         return None
     return Problem("export", f"the compact form packs integers only, this model has weights in {floats[0]}",
@@ -132,6 +142,33 @@ def _why_not_research(model: ModelSketch) -> Problem | None:
     if model.specs and not packed_weights(model.specs):
         return Problem("export", "the research form is for packed weights, and no stage packs any",
                        hint="write `export: auto`")  # fmt: skip
+    return None
+
+
+def _why_not_gptq(model: ModelSketch) -> Problem | None:
+    if model.config.get(ALIAS_KEY) or model.config.get(WIDTHS_KEY) or model.config.get(FACTORS_KEY):
+        return Problem("export", "GPTQ's layout is for experts of one count and width, each a matrix of its own",
+                       hint="write `export: compact`")  # fmt: skip
+    specs = as_packed_specs(model.specs)
+    weights = sorted(packed_weights(specs), key=natural_key)
+    if specs and not weights:
+        return Problem("export", "GPTQ's layout is for packed weights, and no stage packs any",
+                       hint="write `export: auto`")  # fmt: skip
+    if floats := sorted({format_of(name, specs) for name in weights} - {"int"}):
+        return Problem("export", f"GPTQ's layout is for integers, this model has weights in {floats[0]}",
+                       hint="write `format: int` in the `quantize/...` stage, or `export: auto`")  # fmt: skip
+    if model.facts.dtype not in ("bfloat16", "float16"):
+        return Problem("export", f"scales are float16 in GPTQ's layout, this model's would be {model.facts.dtype}",
+                       hint=BF16_HINT)  # fmt: skip
+    schemes = schemes_of(model.config)
+    for name in weights:
+        if reason := why_no_gptq(name, specs, scheme_of(name, schemes)):
+            return Problem("export", f"there is no GPTQ layout of this model: `{name}` {reason}",
+                           hint="write `export: auto`")  # fmt: skip
+    if (form := form_of(model)) and form.mix in ("projection", "expert"):
+        row = answer(form, "vllm")
+        return Problem("export", f"its experts are packed to {in_words(form)}, and vllm {row.note}",
+                       hint="write `export: compact`")  # fmt: skip
     return None
 
 

@@ -15,6 +15,7 @@ from moecli.core.model import ModelFacts
 from moecli.families import Linear, linears_of
 from moecli.io.factors import stands_for
 from moecli.io.formats import DenseView
+from moecli.io.gptq_layout import GptqView
 from moecli.runner import lookup
 from moecli.runner.compare import pair
 from moecli.runner.execute import Execution, Outcome, environment
@@ -69,7 +70,7 @@ def gather(execution: Execution) -> Report:
         export=execution.exported.get("kind"),
         size=SizeRecord(
             before=size_of(execution.source),
-            after=size_of(execution.checkpoint(final)) if final != SOURCE else None,
+            after=size_of(_final(execution)) if final != SOURCE else None,
         ),
         metrics=tuple(rows),
         warnings=tuple(dict.fromkeys(warnings)),
@@ -93,6 +94,12 @@ def _stage(outcome: Outcome) -> StageRecord:
         notes=tuple(manifest["notes"]),
         papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", lookup.docstring(outcome.step.stage.name)))),
     )
+
+
+def _final(execution: Execution) -> Checkpoint:
+    """The finished checkpoint as it was packed; in GPTQ's layout where it is written so, which takes more bytes."""
+    checkpoint, kind = execution.checkpoint(execution.plan.final), execution.exported.get("kind")
+    return GptqView(checkpoint) if kind == "gptq" else checkpoint
 
 
 def _not_smaller(checkpoint: Checkpoint) -> str:
@@ -131,6 +138,8 @@ def size_of(checkpoint: Checkpoint) -> SizeSide:
 
 def _part(name: str, linears: Mapping[str, Linear]) -> Part:
     weight = re.sub(r"_(packed|scale|shape|lora_a|lora_b)$", "", name)
+    weight = re.sub(r"\.(qweight|qzeros|scales|g_idx)$", ".weight", weight)
+    weight = re.sub(r"_(blocks|scales)$", "", weight)
     if weight in linears and linears[weight].role in _PARTS:
         return _PARTS[linears[weight].role]
     return "embeddings" if re.search(r"embed|lm_head|wte", name) else "other"

@@ -303,7 +303,7 @@ class Report(Record):
     source: SourceRecord
     environment: Environment
     stages: tuple[StageRecord, ...] = ()
-    export: Literal["stock", "compact", "expanded", "research"] | None = None
+    export: Literal["stock", "compact", "expanded", "research", "gptq"] | None = None
     size: SizeRecord | None = None
     metrics: tuple[MetricRow, ...] = ()
     calibration: Calibration | None = None

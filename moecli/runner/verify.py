@@ -6,7 +6,8 @@ tensors    every tensor of the source is kept, rewritten or dropped with a reaso
            the chain of stages says and nothing else, shape by shape
 shapes     the MoE layers agree with `config.json`
 packing    where weights are packed: words, scales and shapes of each agree, scales are numbers, and no loader that the
-           folder is for would misread it (`io.servable`); `sidecar`: dense weights are what `packed/` decodes to
+           folder is for would misread it (`io.servable`); `sidecar`: dense weights are what `packed/` decodes to;
+           `decoded`: in GPTQ's layout, weights decode to exactly what the stages' decode to
 routers    routers, their biases and correction biases are bit-equal to the source's, or to what the stage
            that wrote them made, and have the source's dtype
 adapter    where weights are corrected: the factors beside the model are bit-equal to those of the stage
@@ -16,7 +17,7 @@ logits     that process and the model in memory here give the same logits on 2 x
            0, or within 1/256 of the largest logit where weights are packed (symmetric integers gave 0)
 
 A machine with too little memory for the last two says so, with both numbers, and the verification counts as
-skipped, not as passed.
+skipped, not as passed. So it does for GPTQ's layout, which stock transformers cannot load.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moecli.core.artifacts import Checkpoint
+from moecli.core.errors import SurroundingsError
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 from moecli.families import facts_of, family_of, form_of
 from moecli.io.durable import gib, natural_key
 from moecli.io.factors import FACTORS_KEY
 from moecli.io.formats import DenseView, corrected_weights, format_of, packed_names, packed_weights
+from moecli.io.gptq_layout import GptqView, gptq_version, unpacked_gptq
 from moecli.io.overlay import fates
 from moecli.io.reader import FolderCheckpoint, StoredCheckpoint, stored
 from moecli.io.servable import in_words, why_not
@@ -53,6 +57,7 @@ PACKED_TOLERANCE = 1 / 256
 """Of the largest logit: about one step of bfloat16."""
 LOAD_FACTOR = 1.25
 """Memory that loading takes, by the size of the dense model: fusing a layer's experts holds them twice."""
+NOT_FOR_TRANSFORMERS = "stock transformers does not load GPTQ's layout; `scripts/serve_check.py` loads it in vLLM"
 _SHOWN = 4
 
 
@@ -120,8 +125,10 @@ def verify(
         "shapes": _shape_problems(exported),
         "routers": list(_router_problems(exported, written, bottom)),
     }
-    if packed_weights(exported.names()):
+    if packed_weights(unpacked_gptq(exported).names()):
         found["packing"] = list(_packing_problems(exported))
+    if isinstance(written, GptqView):
+        found["decoded"] = list(_decoding_problems(exported, written.parent))
     if kind not in DENSE and corrected_weights(checkpoint.names()):
         found["adapter"] = adapter_problems(checkpoint, folder)
     if kind == "research":
@@ -150,7 +157,7 @@ def verify_folder(
         checks.append(_with_detail(_check("tensors", problems), _summary(accounting)))
         checks.append(Check("routers", "passed", _router_detail(exported, source)))
     found = {"shapes": _shape_problems(exported)}
-    if packed_weights(exported.names()):
+    if packed_weights(unpacked_gptq(exported).names()):
         found["packing"] = list(_packing_problems(exported))
     if has_sidecar(folder):
         found["sidecar"] = sidecar_problems(folder)
@@ -164,6 +171,8 @@ def _kind_of(exported: FolderCheckpoint, checkpoint: Checkpoint) -> Kind:
     quantization = exported.config.get("quantization_config") or {}
     if quantization.get("quant_method") == "moecli":
         return "compact"
+    if gptq_version(exported.config):
+        return "gptq"
     if has_sidecar(exported.folder):
         return "research"
     return "stock" if choose(checkpoint) == "stock" else "expanded"
@@ -210,7 +219,7 @@ def compare(exported: Checkpoint, source: Checkpoint) -> tuple[dict[str, str], l
     Experts and their packed forms, MTP layers and what a packed weight replaces are explained; a lost norm
     is not.
     """
-    family, names = family_of(source.config), set(exported.names())
+    family, names = family_of(source.config), set(unpacked_gptq(exported).names())
     experts = {linear.name for linear in family.linears(source) if linear.role == "expert"}
     accounting, lost = {}, []
     for name in source.names():
@@ -261,19 +270,34 @@ def _packing_problems(exported: FolderCheckpoint) -> Iterable[str]:
     """Packed weights whose parts disagree, and a form that stock transformers would not read as it is meant."""
     import torch
 
-    specs = {name: exported.spec(name) for name in exported.names()}
-    dense = DenseView(exported)
+    packed, dense = unpacked_gptq(exported), DenseView(exported)
+    specs = {name: packed.spec(name) for name in packed.names()}
     for name in sorted(packed_weights(specs), key=natural_key):
         if format_of(name, specs) == "int":
             yield from _word_problems(name, dense, specs)
         scale = packed_names(name).scale
-        values = exported.get(scale)
+        try:
+            values = packed.get(scale)
+        except SurroundingsError as error:  # zero points or an order of inputs that are not ours
+            yield error.message
+            continue
         if values.is_floating_point() and not bool((torch.isfinite(values) & (values != 0)).all()):
             yield f"`{scale}` has values that are not finite or are zero"
-    if "auto_map" in exported.config:
+    if "auto_map" in exported.config or packed is not exported:
         return
     if (form := form_of(ModelSketch(exported.facts, exported.config, specs))) and (row := why_not(form, "hf")):
         yield f"experts are packed to {in_words(form)}, and transformers {row.note}"
+
+
+def _decoding_problems(exported: FolderCheckpoint, packed: Checkpoint) -> Iterable[str]:
+    """Packed weights of the folder that are not, bit by bit, those of the stages."""
+    import torch
+
+    there, here = DenseView(exported), DenseView(packed)
+    for name in sorted(packed_weights(packed.names()), key=natural_key):
+        with suppress(SurroundingsError):  # `packing` says so
+            if name in there and not torch.equal(_bits(there.get(name)), _bits(here.get(name))):
+                yield f"`{name}` does not decode to what the stages packed"
 
 
 def _word_problems(name: str, dense: DenseView, specs: Mapping[str, TensorSpec]) -> Iterable[str]:
@@ -382,6 +406,8 @@ def fixed_tokens(facts: ModelFacts) -> list[list[int]]:
 
 def _reload(exported: FolderCheckpoint, dense: DenseView, free_bytes: int | None) -> tuple[list[Check], list[str]]:
     """The checks `reload` and `logits`, and their problems. `dense` is what the folder must compute."""
+    if gptq_version(exported.config):
+        return [Check(name, "skipped", NOT_FOR_TRANSFORMERS) for name in ("reload", "logits")], []
     needed = int(sum(dense.spec(name).bytes for name in dense.names()) * LOAD_FACTOR)
     free = available_bytes() if free_bytes is None else free_bytes
     if needed > free:

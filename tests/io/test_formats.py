@@ -207,7 +207,7 @@ class TestDenseView:
         elsewhere = {"config_groups": {"group_0": group | {"targets": ["re:.*self_attn.*"]}}}
         wrong_bits = quantization_config(8, 16)
         cases = [
-            (tensors, {"quant_method": "gptq"}, r"weights quantized by `gptq` cannot be read as dense ones"),
+            (tensors, {"quant_method": "awq"}, r"weights quantized by `awq` cannot be read as dense ones"),
             (
                 tensors,
                 config | asymmetric,

@@ -1,7 +1,7 @@
 """Fewer bits per weight: what methods that write integers share. Which weights, the format, what the config says.
 
 Written as compressed-tensors `pack-quantized`, symmetric, one scale per group of inputs (`quantize/rtn` knows small
-floats as well); experts that one tensor a
+floats as well, MXFP4 also for gpt_oss); experts that one tensor a
 layer holds (granitemoe, gpt_oss) in the stacked form of `io.formats`, which loads as `export: compact`. Routers, gates
 of shared experts, embeddings and the head stay as they are. All routed experts have the same bits, unless a stage above
 (`allocate/...`) gives each its own: such a mix is exported as `compact`, for stock transformers would read it wrongly
@@ -37,6 +37,8 @@ from moecli.io.formats import (
     put_packed_stack,
     quantization_config,
 )
+from moecli.io.gpt_oss_layout import CONFIG as BLOCKS_CONFIG
+from moecli.io.gpt_oss_layout import blocks_specs, put_blocks
 from moecli.io.servable import Format, Servable, in_words, why_not
 from moecli.ops.pack import INT_BITS, pack_rows
 
@@ -125,6 +127,7 @@ class Packing:
                     hint="write `group_size: 32`" if width % 32 == 0 else None,
                 )
 
+        self._blocks = opt.stored_as() == "mxfp4" and any(stack.blocks for stack in family_of(config).row.stacked)
         self._refuse_formless()
         self._refuse_unservable()
 
@@ -134,6 +137,15 @@ class Packing:
             return
         if self._plan:
             raise MoecliError("a plan of bits is for integers", hint="write `format: int`")
+        if self._blocks:
+            if others := [x.name for x in self.targets if x.role != "expert"]:
+                message = f"in MXFP4 stock readers of this model know its experts packed, but not `{others[0]}`"
+                raise MoecliError(message, hint=f"write `attention_bits: {KEPT}`")
+            if self._config.get(ALIAS_KEY):
+                raise MoecliError(
+                    "router rows share experts, and MXFP4 has no form for that", hint="write `format: int`"
+                )
+            return
         if stacked := [x.name for x in self.targets if len(self._specs[x.name].shape) == 3]:
             message = f"`format: {opt.stored_as()}` has no form for `{stacked[0]}`, which holds all experts of a layer"
             raise MoecliError(message, hint="write `format: int`")
@@ -160,6 +172,9 @@ class Packing:
         opt, specs = self._opt, dict(self._specs)
         for linear in self.targets:
             spec, bits = specs.pop(linear.name), self.bits[linear.name]
+            if self._blocks:
+                specs |= blocks_specs(linear.name, spec)
+                continue
             specs |= (
                 packed_specs(linear.name, spec, bits, opt.group_size, linear.transposed)
                 if opt.stored_as() == "int"
@@ -172,6 +187,8 @@ class Packing:
 
         The one scheme is that of most experts: it is where transformers looks for all of them.
         """
+        if self._blocks:
+            return dict(self._config) | {"quantization_config": dict(BLOCKS_CONFIG)}
         opt, bits = self._opt, self.bits
         left = [linear for linear in self._linears if bits[linear.name] == KEPT]
         family = family_of(self._config)
@@ -297,8 +314,11 @@ def _write_stack(
         weight = model.rows(linear.name, start, min(start + step, experts)).to(device)
         weight_ENK = weight.mT.contiguous() if linear.transposed else weight
         codes_ENK, scale_ENG = code(weight_ENK, bits)
-        packed.append(pack_rows(codes_ENK, bits).cpu())
+        packed.append((codes_ENK if codes_ENK.dtype == torch.uint8 else pack_rows(codes_ENK, bits)).cpu())
         scales.append(scale_ENG.cpu())
+    if packed[0].dtype == torch.uint8:  # MXFP4 comes packed
+        put_blocks(part, linear.name, torch.cat(packed), torch.cat(scales))
+        return
     put_packed_stack(part, linear.name, torch.cat(packed), torch.cat(scales), spec.shape, bits, linear.transposed)
 
 

@@ -9,7 +9,8 @@ routed expert has the bits that it decided.
     fp8         e4m3, scale = max|w| / 448 of each output channel
     fp8_block   e4m3, the same of each block of 128 x 128; no stock loader reads it without rounding inputs too, so
                 it is exported as `research` or `expanded`
-    mxfp4       e2m1 with one power of two for 32 inputs
+    mxfp4       e2m1 with one power of two for 32 inputs; gpt_oss's experts as its publishers write them, beside
+                `attention_bits: 16`
 
 Source: the usual baseline; grids and layouts as compressed-tensors has them, floats as in OFP8 and the OCP Microscaling
 Formats specification 1.0.
