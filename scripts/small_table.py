@@ -152,6 +152,10 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         rows[f"awq-{bits}-gptq"] = [
             stage("quantize/awq", bits=bits, form="scaled"), stage("quantize/gptq", bits=bits),
         ]  # fmt: skip
+        for merge in ("max", "sum1"):
+            rows[f"eaquant-smooth-{merge}-gptq-{bits}"] = [
+                {"run": "quantize/eaquant-smooth", "with": {"merge": merge}}, stage("quantize/gptq", bits=bits),
+            ]  # fmt: skip
         rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
         for method in ("eora", "lqer", "slim"):
             rows[f"gptq-{bits}-{method}-4"] = [
