@@ -164,6 +164,11 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         rows[f"rtn-{bits}-eora-4"] = [
             stage("quantize/rtn", bits=bits), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
+    for search in ("joint", "each", "weights"):
+        for bits in (8, 4):
+            align = {"run": "router/eaquant-align", "with": {"bits": bits, "search": search}}
+            rows[f"eaquant-align-{search}-router-{bits}"] = [align]
+            rows[f"eaquant-align-{search}-router-{bits}-gptq-3"] = [align, stage("quantize/gptq", bits=3)]
     rows["rtn-4-group-32"] = [{"run": "quantize/rtn", "with": {"bits": 4, "group_size": 32}}]
     for average in (3.0, 2.5, 2.25):
         plans = {

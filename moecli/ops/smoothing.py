@@ -15,7 +15,7 @@ LEAST = 1e-5
 
 
 def smoothing(input_EC: Tensor, weight_EC: Tensor, alpha: float) -> Tensor:
-    """s = max|x|^alpha / max|w|^(1 - alpha), at least LEAST, of each column, float32 [E, C]; the largest |x| and |w| go in.
+    """s = max|x|^alpha / max|w|^(1 - alpha), at least LEAST, float32 [E, C]; largest |x| and |w| of a column go in.
 
     W diag(s) is rounded, and its inputs come divided by s.
     """
