@@ -156,6 +156,8 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             rows[f"eaquant-smooth-{merge}-gptq-{bits}"] = [
                 {"run": "quantize/eaquant-smooth", "with": {"merge": merge}}, stage("quantize/gptq", bits=bits),
             ]  # fmt: skip
+        rows[f"gptaq-{bits}"] = [stage("quantize/gptq", bits=bits, asymmetric=0.25)]
+        rows[f"gptaq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, asymmetric=0.25, shrink=True)]
         rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
         for method in ("eora", "lqer", "slim"):
             rows[f"gptq-{bits}-{method}-4"] = [
