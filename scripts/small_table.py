@@ -171,6 +171,11 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             align = {"run": "router/eaquant-align", "with": {"bits": bits, "search": search}}
             rows[f"eaquant-align-{search}-router-{bits}"] = [align]
             rows[f"eaquant-align-{search}-router-{bits}-gptq-3"] = [align, stage("quantize/gptq", bits=3)]
+    for mean, shares in (("3.0", [0.25, 0.5, 0.25]), ("2.5", [0.1, 0.3, 0.6])):
+        rows[f"camera-q-{mean}-rtn"] = [stage("quantize/camera-q", tiers=[4, 3, 2], shares=shares)]
+        rows[f"camera-q-{mean}-rtn-shrink"] = [
+            stage("quantize/camera-q", tiers=[4, 3, 2], shares=shares, shrink=True)
+        ]  # fmt: skip
     rows["rtn-4-group-32"] = [{"run": "quantize/rtn", "with": {"bits": 4, "group_size": 32}}]
     for average in (3.0, 2.5, 2.25):
         plans = {
@@ -216,12 +221,15 @@ class Runner:
         folder = RunFolder(self.out / f"run-{os.getpid()}")
         execution = Execution(opened, folder, self.device)
         found: dict[bool, Evaluation] = {}
+        mib = mebibytes(plan.sketch_of(plan.final))
         start = time.monotonic()
         with folder.lock():
             for index, step in enumerate(plan.steps):
                 if step.baseline and self.base is not None:
                     continue
-                execution.step(index)
+                done = execution.step(index)
+                if packed := done.manifest["records"].get("packed"):  # dense values of grids that nothing packs
+                    mib = packed["bytes"] / 2**20
                 if step.stage.kind == "eval":
                     found[step.baseline] = execution.artifact(index, Evaluation)
         self.base = found.get(True, self.base)
@@ -231,7 +239,7 @@ class Runner:
             "seed": seed,
             "seconds": time.monotonic() - start,
             "base": {"mib": mebibytes(plan.source), **metrics(self.base, self.base)},
-            "mib": mebibytes(plan.sketch_of(plan.final)),
+            "mib": mib,
             **metrics(self.base, found[False]),
         }
 
