@@ -171,7 +171,9 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             align = {"run": "router/eaquant-align", "with": {"bits": bits, "search": search}}
             rows[f"eaquant-align-{search}-router-{bits}"] = [align]
             rows[f"eaquant-align-{search}-router-{bits}-gptq-3"] = [align, stage("quantize/gptq", bits=3)]
-    for mean, shares in (("3.0", [0.25, 0.5, 0.25]), ("2.5", [0.1, 0.3, 0.6])):
+    for mean, shares in (
+        ("3.0", [0.25, 0.5, 0.25]), ("2.5", [0.1, 0.3, 0.6]), ("even-3", [0.0, 1.0, 0.0]),
+    ):  # fmt: skip
         rows[f"camera-q-{mean}-rtn"] = [stage("quantize/camera-q", tiers=[4, 3, 2], shares=shares)]
         rows[f"camera-q-{mean}-rtn-shrink"] = [
             stage("quantize/camera-q", tiers=[4, 3, 2], shares=shares, shrink=True)
