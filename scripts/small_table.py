@@ -152,6 +152,12 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         rows[f"awq-{bits}-gptq"] = [
             stage("quantize/awq", bits=bits, form="scaled"), stage("quantize/gptq", bits=bits),
         ]  # fmt: skip
+        for merge in ("max", "sum1"):
+            rows[f"eaquant-smooth-{merge}-gptq-{bits}"] = [
+                {"run": "quantize/eaquant-smooth", "with": {"merge": merge}}, stage("quantize/gptq", bits=bits),
+            ]  # fmt: skip
+        rows[f"gptaq-{bits}"] = [stage("quantize/gptq", bits=bits, asymmetric=0.25)]
+        rows[f"gptaq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, asymmetric=0.25, shrink=True)]
         rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
         for method in ("eora", "lqer", "slim"):
             rows[f"gptq-{bits}-{method}-4"] = [
@@ -159,6 +165,18 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             ]  # fmt: skip
         rows[f"rtn-{bits}-eora-4"] = [
             stage("quantize/rtn", bits=bits), {"run": "compensate/eora", "with": {"rank": 4}},
+        ]  # fmt: skip
+    for search in ("joint", "each", "weights"):
+        for bits in (8, 4):
+            align = {"run": "router/eaquant-align", "with": {"bits": bits, "search": search}}
+            rows[f"eaquant-align-{search}-router-{bits}"] = [align]
+            rows[f"eaquant-align-{search}-router-{bits}-gptq-3"] = [align, stage("quantize/gptq", bits=3)]
+    for mean, shares in (
+        ("3.0", [0.25, 0.5, 0.25]), ("2.5", [0.1, 0.3, 0.6]), ("even-3", [0.0, 1.0, 0.0]),
+    ):  # fmt: skip
+        rows[f"camera-q-{mean}-rtn"] = [stage("quantize/camera-q", tiers=[4, 3, 2], shares=shares)]
+        rows[f"camera-q-{mean}-rtn-shrink"] = [
+            stage("quantize/camera-q", tiers=[4, 3, 2], shares=shares, shrink=True)
         ]  # fmt: skip
     rows["rtn-4-group-32"] = [{"run": "quantize/rtn", "with": {"bits": 4, "group_size": 32}}]
     for method in ("rtn", "gptq", "hqq"):
@@ -211,12 +229,15 @@ class Runner:
         folder = RunFolder(self.out / f"run-{os.getpid()}")
         execution = Execution(opened, folder, self.device)
         found: dict[bool, Evaluation] = {}
+        mib = mebibytes(plan.sketch_of(plan.final))
         start = time.monotonic()
         with folder.lock():
             for index, step in enumerate(plan.steps):
                 if step.baseline and self.base is not None:
                     continue
-                execution.step(index)
+                done = execution.step(index)
+                if packed := done.manifest["records"].get("packed"):  # dense values of grids that nothing packs
+                    mib = packed["bytes"] / 2**20
                 if step.stage.kind == "eval":
                     found[step.baseline] = execution.artifact(index, Evaluation)
         self.base = found.get(True, self.base)
@@ -226,7 +247,7 @@ class Runner:
             "seed": seed,
             "seconds": time.monotonic() - start,
             "base": {"mib": mebibytes(plan.source), **metrics(self.base, self.base)},
-            "mib": mebibytes(plan.sketch_of(plan.final)),
+            "mib": mib,
             **metrics(self.base, found[False]),
         }
 

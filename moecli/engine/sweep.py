@@ -246,6 +246,8 @@ class SweptLayer:
         self._flow, self._loader, self._halve = flow, loader, halve
         self.rows: Tensor | None = None
         """Positions of the tokens in the micro-batch that runs, flat; None: all. For hooks on parts of `module`."""
+        self.running = 0
+        """Which micro-batch that is."""
         self._outputs: list[Tensor] | None = None
         self._before, self.routes = before, before
         self._look()
@@ -380,7 +382,7 @@ class SweptLayer:
     def _forward(self, index: int, hidden: Tensor | None = None) -> Tensor:
         """What the layer makes of a micro-batch: of its own input, or of `hidden` in its place."""
         run = self._flow.run(self.index, index)
-        self.rows = run.rows
+        self.rows, self.running = run.rows, index
         args, kwargs = moved(run.arguments, self._flow.device)
         out = self.module(self._flow.here(index) if hidden is None else hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,6 +70,25 @@ def keep_channels(
     else:
         counts = dict(zip(found, _best(list(found.values()), ratio, bounds), strict=True))
     return {layer: _ranks(values) < bounds.block * counts[layer][:, None] for layer, values in score.items()}
+
+
+def camera_energy(ph2_EF: Tensor, phmax_EF: Tensor, norm_EF: Tensor, alpha: float) -> Tensor:
+    """((1 - alpha) sum_t (g_t h_tk)^2 + alpha max_t |g_t h_tk|^2) ||down_k||^2, float64 [E, F], from the two statistics
+    of these names and the norms of down's columns (CAMERA, arXiv 2508.02322).
+    """
+    return ((1 - alpha) * ph2_EF + alpha * phmax_EF.double().square()) * norm_EF.square()
+
+
+def tiers(score: Mapping[int, Tensor], shares: Sequence[float], block: int) -> dict[int, Tensor]:
+    """{layer: int64 [E, F]}: the tier of each channel, 0 for the highest scores, by rank among all channels of its
+    layer, `shares` of them in each tier. An expert has a multiple of `block` channels in each; so many blocks of a
+    layer as fit in the shares from the top are in the tiers above. ValueError: see `keep_channels`.
+    """
+    found = {layer: torch.zeros_like(values, dtype=torch.int64) for layer, values in score.items()}
+    for above in itertools.accumulate(shares[:-1]):
+        kept = keep_channels(score, 1 - above, "layer", Bounds(block))
+        found = {layer: tier_EF + ~kept[layer] for layer, tier_EF in found.items()}
+    return found
 
 
 def total_left(channels: int, ratio: float, block: int) -> int:

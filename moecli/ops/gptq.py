@@ -10,9 +10,19 @@ column loses is made good by the columns behind it:
 Inside a block of columns that is `solve_block`. Blocks are halves of halves: what a half of the columns loses is made
 good in the other half by one product. Rows do not depend on each other.
 
-Source: arXiv 2210.17323, algorithm 1, and quantize.md 1.1 and 1.5 of its published code. Differs from that code: group
-scales always come from the weights as they were (static groups), a column whose input was always zero is rounded where
-the code sets it to zero, and U comes from one Cholesky factor of the flipped H in place of three factorisations.
+GPTAQ also makes good that inputs are no longer those of the unquantized model, x~. With D = sum of (x~ - x) x^T over
+the inputs of H and the same scale, each column adds w_j (x~_j - x_j) to what is missing, least squares of which on the
+columns behind it are
+
+    W[:, j+1:] += w_j P[j, j+1:], P = alpha triu(D U^T, 1) U (`pull`)
+
+w_j as it is when it is rounded: halves of halves hold, with the columns' values beside their errors. There is no
+Triton twin for it; its blocks run in PyTorch on any device.
+
+Source: arXiv 2210.17323, algorithm 1, and quantize.md 1.1 and 1.5 of its published code; GPTAQ is arXiv 2504.02692.
+Differs from that code: group scales always come from the weights as they were (static groups), a column whose input was
+always zero is rounded where the code sets it to zero, and U comes from one Cholesky factor of the flipped H in place of
+three factorisations.
 """
 
 from __future__ import annotations
@@ -119,15 +129,25 @@ def _inverse_factor(matrix_ECC: Tensor) -> tuple[Tensor, Tensor]:
     return upper_ECC, worked_E & torch.isfinite(upper_ECC.diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
-def solve(weight_ERC: Tensor, scale_ERG: Tensor, found: Factor, bits: int) -> Solved:
-    """Codes of `weight_ERC` for group scales that are given, on the grid of `ops.pack`."""
+def pull(drift_ECC: Tensor, found: Factor, alpha: float) -> Tensor:
+    """P of each matrix, in the order of `found`, from D in the original one; 0 where H has no factor. The loss that
+    `solve` states does not count it.
+    """
+    upper_ECC = found.upper_ECC
+    pull_ECC = (_permuted(drift_ECC, found.order_EC).to(upper_ECC) @ upper_ECC.mT).triu_(1) @ upper_ECC
+    return pull_ECC.mul_(alpha).masked_fill_((found.tries_E == len(DAMPS))[:, None, None], 0)
+
+
+def solve(weight_ERC: Tensor, scale_ERG: Tensor, found: Factor, bits: int, pull_ECC: Tensor | None = None) -> Solved:
+    """Codes of `weight_ERC` for group scales that are given, on the grid of `ops.pack`; by GPTAQ with `pull`."""
     columns = weight_ERC.shape[-1]
     # Rows come last from here on: what a thread does for one row it does for its neighbours in memory as well.
     left_ECR = _wide(weight_ERC).mT.contiguous().gather(1, _columns(found.order_EC, weight_ERC))
     scale_EGR = scale_ERG.mT.to(left_ECR.dtype).contiguous()
     group_EC = found.order_EC // (columns // scale_ERG.shape[-1])
     codes_ECR = torch.empty(left_ECR.shape, dtype=torch.int8, device=left_ECR.device)
-    fast = kernels("gptq", left_ECR) if left_ECR.dtype == torch.float32 else None
+    seen_ECR = None if pull_ECC is None else torch.empty_like(left_ECR)
+    fast = kernels("gptq", left_ECR) if left_ECR.dtype == torch.float32 and pull_ECC is None else None
     block = fast.solve_block if fast is not None else solve_block
 
     def some(start: int, end: int) -> None:
@@ -141,12 +161,15 @@ def solve(weight_ERC: Tensor, scale_ERG: Tensor, found: Factor, bits: int) -> So
                 group_EC[:, here],
                 codes_ECR[:, here],
                 bits,
+                *(() if pull_ECC is None else (pull_ECC[:, here, here], seen_ECR[:, here])),
             )
             return
         middle = start + -(-(end - start) // (2 * LEAF)) * LEAF
         some(start, middle)
         upper_EXY = found.upper_ECC[:, start:middle, middle:end]
         left_ECR[:, middle:end].baddbmm_(upper_EXY.mT, left_ECR[:, start:middle], alpha=-1)
+        if pull_ECC is not None:
+            left_ECR[:, middle:end].baddbmm_(pull_ECC[:, start:middle, middle:end].mT, seen_ECR[:, start:middle])
         some(middle, end)
 
     some(0, columns)
@@ -156,14 +179,20 @@ def solve(weight_ERC: Tensor, scale_ERG: Tensor, found: Factor, bits: int) -> So
 
 
 def solve_block(
-    left_EBR: Tensor, upper_EBB: Tensor, scale_EGR: Tensor, group_EB: Tensor, codes_EBR: Tensor, bits: int
-) -> None:
-    """Writes the codes of one block of columns; `left_EBR` becomes the errors that columns behind it make good."""
+    left_EBR: Tensor, upper_EBB: Tensor, scale_EGR: Tensor, group_EB: Tensor, codes_EBR: Tensor, bits: int,
+    pull_EBB: Tensor | None = None, seen_EBR: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes the codes of one block of columns; `left_EBR` becomes the errors that columns behind it make good, and
+    with a pull `seen_EBR` what each column was when it was rounded.
+    """
     scale_EBR = scale_EGR.gather(1, group_EB[..., None].expand(*group_EB.shape, scale_EGR.shape[-1]))
     for j in range(left_EBR.shape[1]):
         code_ER = nearest(left_EBR[:, j] / scale_EBR[:, j], bits)
         error_ER = (left_EBR[:, j] - code_ER * scale_EBR[:, j]) / upper_EBB[:, j, j, None]
         left_EBR[:, j + 1 :] -= upper_EBB[:, j, j + 1 :, None] * error_ER[:, None]
+        if pull_EBB is not None:
+            seen_EBR[:, j] = left_EBR[:, j]
+            left_EBR[:, j + 1 :] += pull_EBB[:, j, j + 1 :, None] * seen_EBR[:, None, j]
         codes_EBR[:, j], left_EBR[:, j] = code_ER.to(torch.int8), error_ER
 
 

@@ -35,6 +35,19 @@ def add(total_ENN: Tensor, x: Tensor, row_S: Tensor | None, end_E: Tensor, weigh
         start = end
 
 
+def add_cross(
+    total_ENN: Tensor, left_SN: Tensor, right_SN: Tensor, end_E: Tensor, weight_S: Tensor | None = None
+) -> None:
+    """total[e] += sum over the rows s of group e of w_s l_s r_s^T, whole matrices; groups as for `add`. fp32 products
+    and sums within one call, one product a group: the device is waited for once.
+    """
+    start = 0
+    for total_NN, end in zip(total_ENN, end_E.tolist(), strict=True):
+        left = left_SN[start:end].float()
+        total_NN += (left if weight_S is None else left * weight_S[start:end, None]).T @ right_SN[start:end].float()
+        start = end
+
+
 def whole(total_ENN: Tensor) -> Tensor:
     """The full matrices, the lower triangle copied from the upper; in place."""
     for start in range(0, total_ENN.shape[-1], _MIRRORED):

@@ -32,6 +32,7 @@ OVERRIDES = {
     "quantize/gptq": {"group_size": 16},
     "slim/mc-smoe-second": {"rank": 6},
     "quantize/awq": {"group_size": 16},
+    "quantize/camera-q": {"group_size": 16, "down_group_size": 8},
     "quantize/hqq": {"group_size": 16},
     "quantize/rtn": {"group_size": 16},
     **{name: {"rank": 4} for name in lookup.names() if name.startswith("compensate/")},

@@ -180,17 +180,17 @@ def test_a_stopped_run_goes_on_with_what_it_had(form, checkpoint, context, monke
     model = checkpoint()
     whole_ctx, stopped = context("whole"), context("stopped")
     whole, opt = scaled(model, whole_ctx, form=form)
-    scale, calls = awq_module._Layer.scale, []
+    choose, calls = awq_module._Layer.choose, []
 
     def stop(self):
         calls.append(self)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        scale(self)
+        choose(self)
 
     text = text_for(model, samples=8, tokens=40)
     with monkeypatch.context() as patch:
-        patch.setattr(awq_module._Layer, "scale", stop)
+        patch.setattr(awq_module._Layer, "choose", stop)
         with pytest.raises(KeyboardInterrupt):
             awq(opt, text, model, None, stopped)
     awq(opt, text, model, None, stopped)

@@ -58,19 +58,23 @@ def hooked(model, ids):
     return seen
 
 
+@pytest.mark.parametrize("asymmetric", [0.0, 0.25])
 @pytest.mark.parametrize("true_sequential", [False, True])
-def test_codes_are_those_of_the_plain_algorithm_on_the_inputs_that_really_come(true_sequential, checkpoint, context):
+def test_codes_are_those_of_the_plain_algorithm_on_the_inputs_that_really_come(
+    true_sequential, asymmetric, checkpoint, context
+):
     model, ctx, text = checkpoint(), context(), None
     text = text_for(model, samples=16, tokens=48)
-    packed, _ = quantized(model, ctx, text, true_sequential=true_sequential)
+    packed, _ = quantized(model, ctx, text, true_sequential=true_sequential, asymmetric=asymmetric)
     view, family = DenseView(packed), family_of(model.config)
+    others = hooked(adapter.load_model(model, "cpu", torch.float32), text.ids) if asymmetric else None
     reference = adapter.load_model(model, "cpu", torch.float32)
     state = reference.state_dict()
     for layer in model.facts.moe_layers:
         seen = hooked(reference, text.ids)
         path = f"model.layers.{layer}.self_attn.o_proj"
         x = seen[path].flatten(0, 1)
-        same(view, f"{path}.weight", model, x)
+        same(view, f"{path}.weight", model, x, others and others[path].flatten(0, 1))
         if true_sequential:
             for part in ("q", "k", "v", "o"):
                 name = f"model.layers.{layer}.self_attn.{part}_proj.weight"
@@ -78,13 +82,18 @@ def test_codes_are_those_of_the_plain_algorithm_on_the_inputs_that_really_come(t
             seen = hooked(reference, text.ids)
         hidden, index, _ = seen[f"model.layers.{layer}.mlp.experts"]
         for expert in range(model.facts.experts):
-            own = hidden.reshape(-1, hidden.shape[-1])[(index == expert).any(-1).flatten()]
+            mine = (index == expert).any(-1).flatten()
+            own = hidden.reshape(-1, hidden.shape[-1])[mine]
             if len(own) < 256:
                 continue
             gate, _, down = family.expert_names(layer, expert)
-            same(view, gate, model, own)
             weights = family.read_expert(view if true_sequential else model, layer, expert)
-            same(view, down, model, family.inner(weights, own))
+            other = inner = None
+            if asymmetric:  # the same tokens, whatever the unquantized model would have done with them
+                other = others[f"model.layers.{layer}.mlp.experts"][0].reshape(-1, hidden.shape[-1])[mine]
+                inner = family.inner(family.read_expert(model, layer, expert), other)
+            same(view, gate, model, own, other)
+            same(view, down, model, family.inner(weights, own), inner)
         for name in view.names():  # what the next layer sees
             if name.startswith(f"model.layers.{layer}.") and name in state:
                 state[name].copy_(view.get(name))
@@ -95,11 +104,12 @@ def test_codes_are_those_of_the_plain_algorithm_on_the_inputs_that_really_come(t
             experts.down_proj.data[e].copy_(new.down_DF)
 
 
-def same(view, name, model, x):
+def same(view, name, model, x, other=None):
     """Whether a matrix was rounded as the plain algorithm does on these inputs; ties move what follows in a row."""
-    weight = model.get(name).float()
+    weight, x = model.get(name).float(), x.double()
     scale = group_scale(weight, 4, 8)
-    codes = plain(weight, x.double().T @ x.double(), scale, 4)
+    drift = None if other is None else (other.double() - x).T @ x
+    codes = plain(weight, x.T @ x, scale, 4, drift_CC=drift)
     wrong = (dequantize(codes, scale) != view.get(name)).any(-1).float().mean()
     assert wrong <= 0.15, f"{name}: {wrong:.0%} of the rows differ"
 
@@ -137,13 +147,27 @@ def test_an_expert_without_tokens_is_quantized_on_the_layers_mean(checkpoint, co
     assert f"{experts * len(model.facts.moe_layers)} pooled" in note
 
 
-def test_padding_is_no_input(checkpoint, context):
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next"])
+@pytest.mark.parametrize("hessian", ["affinity", "all"])
+def test_the_unquantized_model_runs_beside_in_every_kind_of_layer(model_type, hessian, checkpoint, context):
+    model, found = checkpoint(model_type), []
+    for name, asymmetric in (("drift", 0.25), ("none", 0.0)):
+        packed, opt = quantized(model, context(name), hessian=hessian, asymmetric=asymmetric, bits=2)
+        assert opt.forecast(sketch_of(model)).specs == {name: packed.spec(name) for name in packed.names()}
+        found.append(packed)
+    layers = {name.split(".")[2] for name in packed.names() if "packed" in name and ".layers." in name}
+    differ = {name.split(".")[2] for name in packed.names() if not torch.equal(found[0].get(name), found[1].get(name))}
+    assert differ == layers - {"0"}, "nothing has drifted before the first layer"
+
+
+@pytest.mark.parametrize("asymmetric", [0.0, 0.25])
+def test_padding_is_no_input(asymmetric, checkpoint, context):
     model = checkpoint()
     plain_text = text_for(model, samples=4, tokens=20)
     ids = torch.cat([plain_text.ids, torch.full((4, 7), 3)], 1)
     mask = torch.cat([plain_text.mask, torch.zeros(4, 7, dtype=torch.int64)], 1)
-    one, _ = quantized(model, context("one"), plain_text)
-    two, _ = quantized(model, context("two"), CalibrationText(ids, mask, "padded"))
+    one, _ = quantized(model, context("one"), plain_text, asymmetric=asymmetric)
+    two, _ = quantized(model, context("two"), CalibrationText(ids, mask, "padded"), asymmetric=asymmetric)
     for name in one.names():
         assert torch.equal(one.get(name), two.get(name)), name
 
@@ -173,10 +197,11 @@ def test_attention_may_stay_as_it_is(checkpoint, context):
     adapter.load_model(packed, "cpu", torch.float32)
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(checkpoint, context):
+@pytest.mark.parametrize("asymmetric", [0.0, 0.25])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(asymmetric, checkpoint, context):
     model, text = checkpoint(), None
     text = text_for(model)
-    whole, _ = quantized(model, context("whole"), text)
+    whole, opt = quantized(model, context("whole"), text, asymmetric=asymmetric)
     ctx = context("cut")
     part, calls = ctx.part, []
 
@@ -188,9 +213,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(checkpoint, context):
 
     ctx.part = cut
     with pytest.raises(KeyboardInterrupt):
-        gptq(Gptq(group_size=8), text, model, None, ctx)
+        gptq(opt, text, model, None, ctx)
     ctx.part = part
-    gptq(Gptq(group_size=8), text, model, None, ctx)
+    gptq(opt, text, model, None, ctx)
     again = ctx.finish(model)
     assert set(whole.names()) == set(again.names())
     for name in whole.names():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moecli.ops.gptq import DAMPS, factor, solve
+from moecli.ops.gptq import DAMPS, factor, pull, solve
 from moecli.ops.pack import dequantize, group_scale, quantize_rtn
 
 E, R, C, G = 3, 20, 160, 32
@@ -18,13 +18,16 @@ def inputs(seed, tokens=400, scale=True):
     return weight, x, x.mT @ x
 
 
-def plain(weight_RC, hessian_CC, scale_RG, bits, damp=0.01, act_order=True):
-    """Algorithm 1 of arXiv 2210.17323 for one matrix, one column at a time, in float64 and without blocks."""
+def plain(weight_RC, hessian_CC, scale_RG, bits, damp=0.01, act_order=True, drift_CC=None, alpha=0.25):
+    """Algorithm 1 of arXiv 2210.17323 for one matrix, one column at a time, in float64 and without blocks. With D what
+    a column lacks of the unquantized output goes onto the columns behind it by least squares (arXiv 2504.02692).
+    """
     w, h = weight_RC.double().clone(), hessian_CC.double().clone()
     order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
     w, h = w[:, order], h[order][:, order]
     h += damp * h.diagonal().mean() * torch.eye(len(h))
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    d = None if drift_CC is None else drift_CC.double()[order][:, order]
     codes = torch.empty_like(w)
     for j in range(w.shape[1]):
         scale = scale_RG[:, order[j] // (w.shape[1] // scale_RG.shape[1])].double()
@@ -32,8 +35,10 @@ def plain(weight_RC, hessian_CC, scale_RG, bits, damp=0.01, act_order=True):
             codes[:, j] = 2.0 * (w[:, j] >= 0) - 1
         else:
             codes[:, j] = (w[:, j] / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        error = (w[:, j] - codes[:, j] * scale) / upper[j, j]
+        error, held = (w[:, j] - codes[:, j] * scale) / upper[j, j], w[:, j].clone()
         w[:, j:] -= error[:, None] * upper[j, j:]
+        if d is not None:
+            w[:, j + 1 :] += held[:, None] * alpha * torch.linalg.solve(h[j + 1 :, j + 1 :], d[j, j + 1 :])
     found = torch.empty_like(codes)
     found[:, order] = codes
     return found.to(torch.int8)
@@ -52,6 +57,51 @@ def test_codes_are_those_of_the_plain_algorithm(bits, act_order):
     assert rows.sum() <= 0.15 * rows.numel(), "a tie in float32 moves all that follows in its row, no other row"
     exact = solve(weight.double(), scale, factor(hessian.double(), act_order=act_order), bits)
     assert torch.equal(exact.codes_ERC, wanted)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_codes_with_drift_are_those_of_the_plain_algorithm(bits, act_order):
+    """With five leaves of columns: the pull crosses leaves and halves."""
+    weight, x, hessian = inputs(bits)
+    other = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * x.std()
+    drift = (other - x).mT @ x
+    scale = group_scale(weight, bits, G)
+    found = factor(hessian.double(), act_order=act_order)
+    exact = solve(weight.double(), scale, found, bits, pull(drift.double(), found, 0.25))
+    wanted = torch.stack(
+        [
+            plain(w, h, s, bits, act_order=act_order, drift_CC=d)
+            for w, h, s, d in zip(weight, hessian, scale, drift, strict=True)
+        ]
+    )
+    assert torch.equal(exact.codes_ERC, wanted)
+    assert not torch.equal(wanted, solve(weight.double(), scale, found, bits).codes_ERC)
+    single = factor(hessian, act_order=act_order)
+    codes = solve(weight, scale, single, bits, pull(drift, single, 0.25)).codes_ERC
+    assert (codes != wanted).any(-1).sum() <= 0.15 * E * R
+
+
+def test_no_drift_and_no_factor_pull_nothing():
+    _, x, hessian = inputs(7)
+    hessian[1] = torch.nan
+    found = factor(hessian)
+    drift = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).mT @ x
+    assert not pull(drift, found, 0.0).any() and not pull(torch.zeros_like(drift), found, 0.25).any()
+    pulled = pull(drift, found, 0.25)
+    assert pulled[0].any() and pulled[2].any() and not pulled[1].any()
+    assert torch.equal(pulled, pulled.triu(1))
+
+
+def test_drift_brings_the_output_closer_to_that_of_the_other_inputs():
+    weight, x, hessian = inputs(8)
+    other = x @ (torch.eye(C) + 0.1 * torch.randn(C, C, generator=torch.Generator().manual_seed(3)) / C**0.5)
+    found, scale = factor(hessian), group_scale(weight, 4, G)
+    wanted, errors = other @ weight.mT, []
+    for alpha in (0.0, 0.25, 1.0):
+        codes = solve(weight, scale, found, 4, pull((other - x).mT @ x, found, alpha)).codes_ERC
+        errors.append(float((x @ dequantize(codes, scale).mT - wanted).square().sum()))
+    assert errors[2] < errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("columns", [33, 72, 600])

@@ -25,12 +25,12 @@ Source: arXiv 2306.00978; which inputs share a scale in a model of experts, as l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from moecli.core.artifacts import Artifact, BitPlan, CalibrationText, Checkpoint, LayerStats, Packed, PartWriter
 from moecli.core.context import Context
@@ -40,9 +40,10 @@ from moecli.engine.collectors import collectors
 from moecli.engine.data import batches_of
 from moecli.engine.linears import EXPERTS, Feeds, InputGrams, InputSizes
 from moecli.engine.sweep import SweptLayer, sweep
-from moecli.families import Linear, family_of, linears_of
+from moecli.families import Linear, family_of
 from moecli.io.formats import packed_names, put_packed, put_packed_stack
 from moecli.methods.quantize import KEPT, Packing, Quantize
+from moecli.methods.scaling import ScaledLayer, Scales
 from moecli.ops.awq import candidates, rounded, weight_sizes
 from moecli.ops.correction import output_energy, pooled
 from moecli.ops.pack import dequantize, pack_rows, quantize_rtn, unpack_rows
@@ -76,7 +77,7 @@ def awq(opt: Awq, text: CalibrationText, model: Checkpoint, plan: BitPlan | None
             work = _Layer(opt, layer, packing, model)
 
             def write(part: PartWriter, work: _Layer = work, name: str = name) -> None:
-                work.scale()
+                work.choose()
                 work.put(part)
                 ctx.part(f"found-{name}", Found, lambda: work.found)
 
@@ -131,16 +132,6 @@ def _report(found: Mapping[int, Found], ctx: Context) -> None:
         ctx.note(f"inputs of experts, by how they were come by: {words}")
 
 
-class _Stack(NamedTuple):
-    """A projection of all experts."""
-
-    names: Sequence[str]
-    """On-disk name of each expert's, or of the one tensor that holds all."""
-    into: str
-    """What goes in: `x` the layer's input, `h` what up and gate made of it."""
-    transposed: bool
-
-
 class _Fed(NamedTuple):
     """Matrices and the second moments of their inputs: a projection of all experts, or one matrix."""
 
@@ -149,90 +140,53 @@ class _Fed(NamedTuple):
     gram_ECC: Tensor
 
 
-class _Scales(NamedTuple):
-    """One set of scales and what it does: new values by on-disk name."""
-
-    name: str
-    loss: tuple[float, float]
-    values: Mapping[str, Tensor]
-
-
-class _Layer:
-    """One layer: its scales, and what becomes of its weights."""
+class _Layer(ScaledLayer):
+    """One layer: its scales, and what becomes of its weights: scaled, and rounded where they are packed."""
 
     def __init__(self, opt: Awq, layer: SweptLayer, packing: Packing, model: Checkpoint) -> None:
-        self._opt, self._layer, self._model, self._bits = opt, layer, model, packing.bits
-        specs = {name: model.spec(name) for name in model.names()}
-        self._specs = {name: spec for name, spec in specs.items() if name.startswith(f"model.layers.{layer.index}.")}
-        self._linears = [x for x in linears_of(model.config, specs) if x.layer == layer.index]
+        super().__init__(layer, model)
+        self._opt, self._bits = opt, packing.bits
         self._targets = [x for x in packing.targets if x.layer == layer.index]
-        self._others = [x for x in self._linears if x.role != "expert"]
-        self.dense: dict[str, Tensor] = {}
-        """New values by on-disk name: scaled, and rounded where they are packed."""
         self._loss: dict[str, tuple[float, float]] = {}
-        self._taken_back: list[str] = []
         self._classes: Counter[str] = Counter()
 
     @property
     def found(self) -> Found:
-        return Found(self._loss, self._taken_back, self._classes)
+        return Found(self._loss, self.taken_back, self._classes)
 
     # -- scales
 
-    def scale(self) -> None:
+    def choose(self) -> None:
         """Choose scales and put them into `dense`, as far as the layer computes the same bits with them."""
-        norms = [n for n, spec in self._specs.items() if len(spec.shape) == 1 and n.endswith("norm.weight")]
-        rounded_too = [x.name for x in self._others if self._bits[x.name] != KEPT]
-        feeds = Feeds(self._layer, self._modules(norms), self._modules([x.name for x in self._others]))
-        grams, sizes = (kind(self._layer, self._modules(rounded_too)) for kind in (InputGrams, InputSizes))
+        rounded_too = [x.name for x in self.others if self._bits[x.name] != KEPT]
+        feeds = Feeds(self.layer, self.modules(self.norms()), self.modules([x.name for x in self.others]))
+        grams, sizes = (kind(self.layer, self.modules(rounded_too)) for kind in (InputGrams, InputSizes))
         with feeds.watching(), grams.watching(), sizes.watching():
             stats = self._observed(grams, sizes)
-        before = self._layer.outputs()[0].clone()
-        found = list(self._chosen(feeds, grams, sizes, stats))
-        if not self._same(before, found):
-            exact = [scales for scales in found if self._same(before, [scales])]
-            # Exact alone is exact together, but for numbers that leave the range of their type.
-            exact = exact if self._same(before, exact) else []
-            self._taken_back = [scales.name for scales in found if scales not in exact]
-            found = exact
-            self._same(before, found)
+        before = self.layer.outputs()[0].clone()
+        found = self.scale(list(self._chosen(feeds, grams, sizes, stats)), before)
         self._loss = {scales.name: scales.loss for scales in found}
 
-    def _modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        return {name: self._layer.linear(name) for name in names}
-
     def _observed(self, grams: InputGrams, sizes: InputSizes) -> LayerStats | None:
-        if self._layer.is_moe:
-            return self._layer.observe([grams, sizes, *collectors(STATISTICS)], on_device=True)
+        if self.layer.is_moe:
+            return self.layer.observe([grams, sizes, *collectors(STATISTICS)], on_device=True)
 
         def start() -> None:
             grams.start(None, None)
             sizes.start(None, None)
 
-        self._layer.watch(start)
+        self.layer.watch(start)
         return None
 
-    def _same(self, before: Tensor, found: Sequence[_Scales]) -> bool:
-        """Whether the layer computes the same bits with these scales; it has them afterwards, and no others."""
-        self.dense = {name: self._original(name) for name in self.dense}
-        for scales in found:
-            for name, factor in scales.values.items():
-                value = self._now(name)
-                self.dense[name] = (value * factor).to(value.dtype)
-        self._layer.rewrite(self.dense)
-        return torch.equal(self._layer.outputs()[0], before)
-
-    def _chosen(
-        self, feeds: Feeds, grams: InputGrams, sizes: InputSizes, stats: LayerStats | None
-    ) -> Iterator[_Scales]:
+    def _chosen(self, feeds: Feeds, grams: InputGrams, sizes: InputSizes, stats: LayerStats | None) -> Iterator[Scales]:
         leaders = {name: leader for leader, names in grams.sharing().items() for name in names}
-        stacks, moments = self._experts(), {}
+        stacks, moments = self.stacks(), {}
         if stats is not None:
             for into in ("x", "h"):
                 moments[into], classes = pooled(stats[f"{into}_cov"], stats.count_E)
                 self._classes.update(classes)
         for norm in dict.fromkeys(feeds.norm_of.values()):
-            fed = [x.name for x in self._others if feeds.norm_of.get(x.name) == norm]
+            fed = [x.name for x in self.others if feeds.norm_of.get(x.name) == norm]
             matrices = [_Fed([name], False, grams.matrix(leaders[name])[None]) for name in fed if name in leaders]
             size_C = sizes.vector(leaders[matrices[0].names[0]]) if matrices else None
             experts = [s for s in stacks if s.into == "x"] if feeds.norm_of.get(EXPERTS) == norm else []
@@ -243,31 +197,14 @@ class _Layer:
                 continue
             weight_C = sum(self._sizes(f).sum(0) for f in matrices) / sum(len(f.gram_ECC) for f in matrices)
             scale_1C, loss = self._best(matrices, size_C[None], weight_C[None])
-            values = {
-                name: 1 / scale_1C[0] for name in (norm, f"{norm.removesuffix('weight')}bias") if name in self._specs
-            }
-            values |= dict.fromkeys(fed, scale_1C[0])
-            values |= {n: scale_1C[0][:, None] if s.transposed else scale_1C[0] for s in experts for n in s.names}
-            yield _Scales(norm.removesuffix(".weight"), loss, values)
-        if len(stacks) == 3 and family_of(self._model.config).row.gated != "clamped":
+            values = self.of_norm(norm, feeds, experts, scale_1C[0])
+            yield Scales(norm.removesuffix(".weight"), loss, values)
+        if len(stacks) == 3 and family_of(self.model.config).row.gated != "clamped":
             up, down = stacks[1:]
             matrices = [_Fed(down.names, False, moments["h"])]
             scale_EF, loss = self._best(matrices, pooled(stats["h_abs"], stats.count_E)[0], self._sizes(matrices[0]))
             values = {name: 1 / scale_F[:, None] for name, scale_F in zip(up.names, scale_EF, strict=True)}
-            yield _Scales("up", loss, values | dict(zip(down.names, scale_EF, strict=True)))
-
-    def _experts(self) -> list[_Stack]:
-        """Gate, up and down of all experts, or the two tensors that hold them; none in a dense layer."""
-        by_name = {x.name: x for x in self._linears if x.role == "expert"}
-        if not by_name:
-            return []
-        family = family_of(self._model.config)
-        form = family.layout(by_name, self._layer.index)
-        first = form.names_of(0)
-        if len(self._specs[first[0]].shape) == 3:
-            return [_Stack([name], into, by_name[name].transposed) for name, into in zip(first, "xh", strict=False)]
-        names = [form.names_of(expert) for expert in range(family.experts_in(self._layer.index))]
-        return [_Stack([each[i] for each in names], into, False) for i, into in enumerate("xxh")]
+            yield Scales("up", loss, values | dict(zip(down.names, scale_EF, strict=True)))
 
     def _best(self, matrices: Sequence[_Fed], size_EC: Tensor, weight_EC: Tensor) -> tuple[Tensor, tuple[float, float]]:
         """The scales [E, C] of least error, for each row of `size_EC` by itself; a single row is for all matrices.
@@ -283,11 +220,11 @@ class _Layer:
         """Squared output errors with each candidate, [Q, E], or [Q, 1] where all matrices have the same scales."""
         count, columns = fed.gram_ECC.shape[:2]
         bits_E = [self._bits[name] for name in fed.names] * (count // len(fed.names))
-        step = max(1, SLAB_BYTES // (32 * columns * max(columns, *self._specs[fed.names[0]].shape)))
+        step = max(1, SLAB_BYTES // (32 * columns * max(columns, *self.specs[fed.names[0]].shape)))
         pieces = []
         for start in range(0, count, step):
             some = slice(start, start + step)
-            weight_ERC, gram_ECC = self._values(fed, some), fed.gram_ECC[some]
+            weight_ERC, gram_ECC = self.values(fed.names, fed.transposed, some), fed.gram_ECC[some]
             widths = {bits: [i for i, own in enumerate(bits_E[some]) if own == bits] for bits in set(bits_E[some])}
             each = []
             for scale_EC in scales_QEC:
@@ -304,20 +241,7 @@ class _Layer:
 
     def _sizes(self, fed: _Fed) -> Tensor:
         """[E, C]"""
-        return weight_sizes(self._values(fed, slice(None)), self._opt.group_size)
-
-    def _values(self, fed: _Fed, some: slice) -> Tensor:
-        """[E, R, C], as they were"""
-        if len(fed.names) > 1:
-            return torch.stack([self._original(name) for name in fed.names[some]])
-        value = self._original(fed.names[0])
-        return value[None] if value.dim() == 2 else (value.mT if fed.transposed else value)[some]
-
-    def _original(self, name: str) -> Tensor:
-        return self._model.get(name, next(self._layer.module.parameters()).device)
-
-    def _now(self, name: str) -> Tensor:
-        return self.dense[name] if name in self.dense else self._original(name)
+        return weight_sizes(self.values(fed.names, fed.transposed), self._opt.group_size)
 
     # -- writing
 
@@ -329,7 +253,7 @@ class _Layer:
                 part.put(name, value)
         for linear in self._targets if packed else []:
             name, bits = linear.name, self._bits[linear.name]
-            value = self._now(name)
+            value = self.now(name)
             codes, scale = quantize_rtn(value.mT if linear.transposed else value, bits, self._opt.group_size)
             if value.dim() == 2:
                 put_packed(part, name, codes, scale, bits)
@@ -340,10 +264,10 @@ class _Layer:
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """The new values from what an earlier run has written."""
-        self.dense = {name: value for name, value in tensors.items() if name in self._specs}
+        self.dense = {name: value for name, value in tensors.items() if name in self.specs}
         for linear in self._targets if self._opt.form == "packed" else []:
             words, scale, _ = packed_names(linear.name)
-            shape = self._specs[linear.name].shape
+            shape = self.specs[linear.name].shape
             columns = shape[-2] if linear.transposed else shape[-1]
             self._take(linear, unpack_rows(tensors[words], self._bits[linear.name], columns), tensors[scale])
 

@@ -21,8 +21,14 @@ the report, as `classes` by layer.
 With an `allocate/...` stage above, each routed expert has the bits that it decided; experts of a layer that have as
 many are rounded together.
 
-Source: arXiv 2210.17323. The ladder for experts with few tokens is ours. Columns whose input was always zero are
-rounded, where published code sets them to zero.
+`asymmetric: 0.25` is GPTAQ: what quantized layers before a matrix have done to its inputs is made good too, towards
+what the unquantized model gives it for the same token (`ops.gptq`). Experts see the tokens that the quantized layers
+send them, and x~ is what the unquantized model has there, for down through the same unquantized expert. The ladder's
+shares hold for D as they do for H. The unquantized model runs beside, layer by layer: twice the hidden states, and each
+pass of a layer runs both. On CUDA rounding then runs without its kernel, and sums of D expert by expert.
+
+Source: arXiv 2210.17323; GPTAQ is arXiv 2504.02692, whose code has 0.25. The ladder for experts with few tokens is
+ours. Columns whose input was always zero are rounded, where published code sets them to zero.
 
 - run: quantize/gptq
   with: {bits: 4, group_size: 128}
@@ -31,7 +37,8 @@ rounded, where published code sets them to zero.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -42,15 +49,16 @@ from moecli.core.artifacts import Artifact, BitPlan, CalibrationText, Checkpoint
 from moecli.core.context import Context
 from moecli.core.errors import StageFailed
 from moecli.core.stage import RunSetting, stage
-from moecli.engine.collectors import collectors
+from moecli.engine.beside import Beside, HDrift, InputDrifts, XDrift, XDriftPool
+from moecli.engine.collectors import Collector, collectors
 from moecli.engine.data import batches_of
 from moecli.engine.linears import InputGrams
 from moecli.engine.memory import free_bytes
-from moecli.engine.sweep import SweptLayer, sweep
+from moecli.engine.sweep import Sweep, SweptLayer, sweep
 from moecli.families import Linear, family_of
 from moecli.io.formats import packed_names, put_packed_stack, put_words
 from moecli.methods.quantize import Packing, Quantize
-from moecli.ops.gptq import DAMPS, factor, solve
+from moecli.ops.gptq import DAMPS, factor, pull, solve
 from moecli.ops.pack import dequantize, group_scale, pack_rows, unpack_rows
 
 FEW = 32
@@ -72,6 +80,8 @@ class Gptq(Quantize):
     """Share of H's mean diagonal that is added to its diagonal."""
     shrink: bool = False
     """Search each scale among 80 smaller ones for the least |error|^2.4, in place of the largest weight's."""
+    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Part of the drift of inputs that columns make good (GPTAQ's alpha); 0 leaves it out."""
     true_sequential: bool = False
     """Calibrate each part of a layer behind the quantized parts before it; takes two more passes a layer."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
@@ -83,11 +93,13 @@ def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, plan: BitPlan | No
     packing = Packing(opt, model.config, {name: model.spec(name) for name in model.names()}, plan and plan.pairs())
     classes: dict[str, dict[str, int]] = {}
     held = [*_grams(opt, "in"), *_grams(opt, "out")]
-    swept = sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track, statistics=held)
+    batches, sweeps = batches_of(text, opt.batch_size), 2 if opt.asymmetric else 1
+    swept = sweep(model, batches, device=ctx.device, track=ctx.track, sweeps=sweeps, statistics=held)
+    whole = sweep(model, batches, device=ctx.device, plan=swept.plan) if opt.asymmetric else None
     with ctx.writer(model, config=packing.config()) as out:
-        for layer in swept:
+        for layer, other in _side_by_side(swept, whole):
             name = f"layer-{layer.index:03d}"
-            work = _Layer(opt, layer, packing, model)
+            work = _Layer(opt, layer, packing, model, other)
 
             def write(part: PartWriter, work: _Layer = work, name: str = name) -> None:
                 work.quantize(part)
@@ -107,6 +119,14 @@ def gptq(opt: Gptq, text: CalibrationText, model: Checkpoint, plan: BitPlan | No
     _report(classes, ctx)
     packing.report(ctx)
     return out.checkpoint
+
+
+def _side_by_side(swept: Sweep, whole: Sweep | None) -> Iterator[tuple[SweptLayer, SweptLayer | None]]:
+    """Layers of the model that is quantized, each with that of the unquantized one where it runs beside."""
+    if whole is None:
+        yield from ((layer, None) for layer in swept)
+    else:
+        yield from zip(swept, whole, strict=True)
 
 
 def _report(classes: Mapping[str, Mapping[str, int]], ctx: Context) -> None:
@@ -146,13 +166,17 @@ class Hessians(NamedTuple):
 
     value_ECC: Tensor
     classes: Sequence[str]
+    drift_ECC: Tensor | None = None
+    """D of the same scale, for GPTAQ"""
 
 
 class _Layer:
     """One layer: its stacks, their Hessians, and what they become."""
 
-    def __init__(self, opt: Gptq, layer: SweptLayer, packing: Packing, model: Checkpoint) -> None:
-        self._opt, self._layer, self._model, self._bits = opt, layer, model, packing.bits
+    def __init__(
+        self, opt: Gptq, layer: SweptLayer, packing: Packing, model: Checkpoint, other: SweptLayer | None = None
+    ) -> None:
+        self._opt, self._layer, self._model, self._bits, self._other = opt, layer, model, packing.bits, other
         linears = [linear for linear in packing.targets if linear.layer == layer.index]
         self._specs = {linear.name: model.spec(linear.name) for linear in linears}
         self._others = [linear for linear in linears if linear.role != "expert"]
@@ -167,10 +191,11 @@ class _Layer:
 
     def quantize(self, part: PartWriter) -> None:
         for others, projections in self._phases():
-            grams, stats = self._observed(others, projections)
+            grams, drifts, stats = self._observed(others, projections)
             for leader, names in grams.sharing().items():
                 stacks = [Stack([x.name], x) for x in others if x.name in names]
-                self._solve(part, stacks, Hessians(grams.matrix(leader)[None], ["own"]))
+                drift_ECC = None if drifts is None else drifts.matrix(leader)[None]
+                self._solve(part, stacks, Hessians(grams.matrix(leader)[None], ["own"], drift_ECC))
             for linear in others:
                 if not any(linear.name in names for names in grams.sharing().values()):
                     raise StageFailed(
@@ -191,29 +216,52 @@ class _Layer:
         rest = [x for x in self._others if x.role != "attention"]
         return [(attention, []), (rest, projections[:1]), ([], projections[1:])]
 
-    def _observed(self, others: Sequence[Linear], projections: Sequence[str]) -> tuple[InputGrams, LayerStats | None]:
+    def _observed(
+        self, others: Sequence[Linear], projections: Sequence[str]
+    ) -> tuple[InputGrams, InputDrifts | None, LayerStats | None]:
         """One pass over the layer for the matrices of a phase."""
-        grams = InputGrams(self._layer, {x.name: self._layer.linear(x.name) for x in others})
-        wanted = [name for projection in projections for name in _grams(self._opt, projection)]
-        with grams.watching():
-            if not projections:
-                self._layer.watch(lambda: grams.start(None, None))
-                return grams, None
-            return grams, self._layer.observe([grams, *collectors(wanted)], on_device=True)
+        modules = {x.name: self._layer.linear(x.name) for x in others}
+        inputs, wanted, drifts = [InputGrams(self._layer, modules)], [], None
+        for projection in projections:
+            wanted += _grams(self._opt, projection)
+        with ExitStack() as hooks:
+            routed = collectors(wanted)
+            if self._other is not None:
+                beside = Beside(self._layer, self._other, modules)
+                hooks.enter_context(beside.watching())
+                drifts = InputDrifts(self._layer, modules, beside)
+                inputs.append(drifts)
+                routed += _drifts(self._opt, projections, beside)
+            for each in inputs:
+                hooks.enter_context(each.watching())
+            if projections:
+                return inputs[0], drifts, self._layer.observe([*inputs, *routed], on_device=True)
+            self._layer.watch(lambda: [each.start(None, None) for each in inputs])
+            return inputs[0], drifts, None
 
     def _hessians(self, projection: str, stats: LayerStats) -> Hessians:
         """H of every expert for its inputs (`in`: gate and up) or what is inside (`out`: down), by the ladder."""
+        drifting = self._other is not None
         if projection == "in" and self._opt.hessian == "all":
-            return Hessians(stats["x_cov_pool"] / stats.tokens, ["own"])
+            drift_ECC = stats["x_drift_pool"] / stats.tokens if drifting else None
+            return Hessians(stats["x_cov_pool"] / stats.tokens, ["own"], drift_ECC)
         total_ECC = stats[_grams(self._opt, projection)[-1]]
         device = total_ECC.device
         count_E = stats.count_E.to(device)
         weight_E = stats.gate_sum_E.to(device).float() if self._opt.hessian == "affinity" else count_E.float()
-        if projection == "in":
-            pool_CC = stats["x_cov_pool"][0] / stats.tokens
-        else:
-            pool_CC = total_ECC.sum(0) / weight_E.sum().clamp(min=1e-30)
-        return _ladder(total_ECC, weight_E, count_E, pool_CC)
+
+        def mixed(total_ECC: Tensor, pool: str) -> Hessians:
+            if projection == "in":
+                pool_CC = stats[pool][0] / stats.tokens
+            else:
+                pool_CC = total_ECC.sum(0) / weight_E.sum().clamp(min=1e-30)
+            return _ladder(total_ECC, weight_E, count_E, pool_CC)
+
+        found = mixed(total_ECC, "x_cov_pool")
+        if not drifting:
+            return found
+        drift_ECC = stats["x_drift" if projection == "in" else "h_drift"]
+        return found._replace(drift_ECC=mixed(drift_ECC, "x_drift_pool").value_ECC)
 
     def _solve(self, part: PartWriter, stacks: Sequence[Stack], hessians: Hessians) -> None:
         """Codes of stacks that share their Hessians: matrices with as many bits together, so many at a time that
@@ -224,15 +272,19 @@ class _Layer:
         shared = len(hessians.value_ECC) == 1
         # A half more than damped Hessian and factor, and than weights in two orders, for what is taken in between.
         room = min(SLAB_BYTES, free_bytes(hessians.value_ECC.device) // 2)
-        step = max(1, room // (10 * columns * columns * (not shared) + 12 * rows * columns))
+        square = 10 if hessians.drift_ECC is None else 22
+        step = max(1, room // (square * columns * columns * (not shared) + 12 * rows * columns))
         classes = [*hessians.classes] * (count if shared else 1)
-        found = None
+        found = pull_ECC = None
         for bits, members in self._alike(stacks[0], count).items():
             coded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stacks]
             for some in (members[start : start + step] for start in range(0, len(members), step)):
                 if found is None or not shared:
                     some_ECC = hessians.value_ECC if shared else _of(hessians.value_ECC, some)
                     found = factor(some_ECC, self._opt.damp, self._opt.act_order)
+                    if hessians.drift_ECC is not None:
+                        drift_ECC = hessians.drift_ECC if shared else _of(hessians.drift_ECC, some)
+                        pull_ECC = pull(drift_ECC, found, self._opt.asymmetric)
                     failed = (found.tries_E == len(DAMPS)).tolist() * (count if shared else 1)
                     for bad, expert in zip(failed, range(count) if shared else some, strict=True):
                         classes[expert] = "rtn" if bad else classes[expert]
@@ -240,7 +292,8 @@ class _Layer:
                     some_ERC = _of(weight_ERC, some)
                     scale_ERG = group_scale(some_ERC, bits, self._opt.group_size, self._opt.shrink)
                     use = found if len(found.order_EC) == len(some) else found.expanded(len(some))
-                    pieces.append((solve(some_ERC, scale_ERG, use, bits).codes_ERC, scale_ERG))
+                    pulled = None if pull_ECC is None else pull_ECC.expand(len(some), -1, -1)
+                    pieces.append((solve(some_ERC, scale_ERG, use, bits, pulled).codes_ERC, scale_ERG))
             for stack, pieces in zip(stacks, coded, strict=True):
                 codes_ERC, scale_ERG = (torch.cat(some) for some in zip(*pieces, strict=True))
                 self._put(part, stack, members, codes_ERC, scale_ERG)
@@ -304,6 +357,14 @@ def _grams(opt: Gptq, projection: str) -> list[str]:
     weighted = "g" if opt.hessian == "affinity" else ""
     own = [f"{weighted}x_cov"] if opt.hessian != "all" else []
     return ["x_cov_pool", *own] if projection == "in" else [f"{weighted}h_cov"]
+
+
+def _drifts(opt: Gptq, projections: Sequence[str], beside: Beside) -> list[Collector]:
+    """Collectors of D for these projections of routed experts."""
+    weighted, found = opt.hessian == "affinity", []
+    if "in" in projections:
+        found += [XDriftPool(beside), *([XDrift(beside, weighted)] if opt.hessian != "all" else [])]
+    return [*found, HDrift(beside, weighted)] if "out" in projections else found
 
 
 def _ladder(total_ECC: Tensor, weight_E: Tensor, count_E: Tensor, pool_CC: Tensor) -> Hessians:

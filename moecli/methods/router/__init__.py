@@ -83,11 +83,15 @@ class Router:
         stored = self.family.read_experts(self._model, self.layer)
         return ExpertWeights(*(None if value is None else value.to(device).float() for value in stored))
 
+    def dtype(self, role: str) -> torch.dtype:
+        """The type that a role is stored in."""
+        return getattr(torch, self._model.spec(self.roles[role]).dtype)
+
     def stored(self, role: str, value: Tensor) -> Tensor:
         """New rows in the stored type and form of a role: `[1, K]` where the file has `[1, E]`."""
         old = self._model.spec(self.roles[role])
         shape = (*old.shape[:-1], len(value)) if role != "weight" else value.shape
-        return value.to("cpu", getattr(torch, old.dtype)).view(shape).contiguous()
+        return value.to("cpu", self.dtype(role)).view(shape).contiguous()
 
 
 def logits_of(rows: Rows, x_TD: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from moecli.core.artifacts import CalibrationStats, Checkpoint, LayerStats
 from moecli.core.context import Context
 from moecli.core.stage import stage
 from moecli.methods.slim import Slim, drop_channels, reads, scored
+from moecli.ops.channels import camera_energy
 
 
 class CameraP(Slim):
@@ -37,8 +38,7 @@ class CameraP(Slim):
 @stage("slim/camera-p", version=1, needs=reads("ph2", "phmax"))
 def camera_p(opt: CameraP, stats: CalibrationStats, model: Checkpoint, ctx: Context) -> Checkpoint:
     def energy(s: LayerStats, norm_EF: Tensor) -> Tensor:
-        routed_EF = (1 - opt.alpha) * s["ph2"] + opt.alpha * s["phmax"].double().square()
-        return routed_EF * norm_EF.square()
+        return camera_energy(s["ph2"], s["phmax"], norm_EF, opt.alpha)
 
     score = scored(stats, ("ph2", "phmax"), model, ctx, energy)
     return drop_channels(model, stats, score, opt, ctx)
