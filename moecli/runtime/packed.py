@@ -32,7 +32,7 @@ from moecli.ops.kernels import kernels
 from moecli.ops.pack import unpack_rows
 from moecli.ops.packed import Packed, arrange, dequantized
 
-MOST_VISITS = 32
+MOST_VISITS = 128
 """Of an expert, on average, up to which its weights are dequantized while multiplying; not measured."""
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

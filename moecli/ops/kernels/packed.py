@@ -42,10 +42,10 @@ class Shape(NamedTuple):
 
 EARLY = torch.cuda.is_available()
 """Whether a product begins while the one that it reads from ends."""
-ALONE = {"gated": Shape(16, 8, 8, 8, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
+ALONE = {"gated": Shape(16, 8, 4, 4, 3), "plain": Shape(16, 8, 2, 2, 3), "combined": Shape(16, 8, 8, 8, 3)}
 TOGETHER = {
-    "gated": {8: Shape(64, 8, 1, 2, 3), 24: Shape(128, 32, 1, 4, 3), 1 << 30: Shape(128, 64, 1, 4, 3)},
-    "plain": {8: Shape(64, 8, 1, 2, 3), 24: Shape(64, 32, 1, 4, 3), 1 << 30: Shape(64, 64, 1, 4, 3)},
+    kind: {8: Shape(32, 8, 1, 1, 3), 24: Shape(64, 32, 1, 4, 3), 1 << 30: Shape(128, 64, 1, 4, 3)}
+    for kind in ("gated", "plain")
 }
 """Of each kind, by how many visits an expert has at most, on average."""
 
