@@ -41,7 +41,7 @@ from moecli.io.formats import (
 )
 from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
 from moecli.io.servable import CHANNEL
-from moecli.ops.pack import INT_BITS, pack_rows
+from moecli.ops.pack import pack_rows
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,8 @@ METHOD = "gptq"
 Version = Literal["gptq", "gptq_v2"]
 """As `checkpoint_format` calls them."""
 VERSIONS: tuple[Version, ...] = ("gptq", "gptq_v2")
+BITS = (2, 3, 4, 8)
+"""That symmetric codes may have here; those of 1 bit lie on both sides of zero."""
 
 
 class GptqNames(NamedTuple):
@@ -85,6 +87,8 @@ def gptq_version(config: Mapping[str, Any]) -> Version | None:
 def why_no_gptq(weight_name: str, specs: Mapping[str, TensorSpec], scheme: Group) -> str | None:
     """Why a packed weight has no place in this layout, as the end of "`X` ..."."""
     names, bits = packed_names(weight_name), scheme.bits
+    if bits not in BITS:
+        return f"has codes of {bits} bit, which the layout has no zero point for"
     if len(specs[names.packed].shape) != 2:
         return "holds all experts of a layer, which the layout does not know"
     (rows, words), groups = specs[names.packed].shape, specs[names.scale].shape[-1]
@@ -349,6 +353,6 @@ def _scheme(module: str, found: Mapping[str, Any]) -> Scheme:
             _refuse_the_unsymmetric(values)
             scheme = Scheme(values.get("bits", scheme.bits), values.get("group_size", scheme.group_size))
             break
-    if scheme.bits not in INT_BITS:
-        raise SurroundingsError(f"`{module}` has codes of {scheme.bits} bits, moecli reads {INT_BITS}")
+    if scheme.bits not in BITS:
+        raise SurroundingsError(f"`{module}` has codes of {scheme.bits} bits, moecli reads {BITS}")
     return scheme

@@ -16,10 +16,10 @@ from torch import Tensor
 from moecli.core.errors import StageFailed, SurroundingsError
 from moecli.core.model import ModelFacts, TensorSpec
 from moecli.io.formats import CHANNEL, DenseView, Group, packed_names, quantization_config
-from moecli.io.gptq_layout import GptqView, gptq_config, gptq_names, unpacked_gptq, why_no_gptq
+from moecli.io.gptq_layout import BITS, GptqView, gptq_config, gptq_names, unpacked_gptq, why_no_gptq
 from moecli.io.reader import FolderCheckpoint
 from moecli.io.writer import export_folder
-from moecli.ops.pack import INT_BITS, pack_rows, quantize_rtn
+from moecli.ops.pack import pack_rows, quantize_rtn
 from tests.io.toys import CONFIG, make_folder, toy_facts
 
 QUERY, NORM = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.norm.weight"
@@ -60,7 +60,7 @@ def slowly_read(tensors: Mapping[str, Tensor], bits: int, below: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("version", "below"), [("gptq", 1), ("gptq_v2", 0)])
-@pytest.mark.parametrize("bits", INT_BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_it_says_what_the_packed_weights_say(tmp_path, bits, version, below):
     model = packed(tmp_path / "packed", bits)
     export_folder(GptqView(model, version), tmp_path / "written")
@@ -109,6 +109,7 @@ def test_words_that_do_not_come_out_even_are_refused():
 
     assert why_not(96, 64, 3, 32) is None
     assert why_not(96, 64, 8, CHANNEL) is None
+    assert why_not(96, 64, 1, 32) == "has codes of 1 bit, which the layout has no zero point for"
     assert why_not(80, 64, 3, 16) == "is [80, 64], and the layout wants 32 bits to divide both ways at 3 bits"
     assert why_not(96, 48, 3, 16) == "is [96, 48], and the layout wants 32 bits to divide both ways at 3 bits"
     stacked = {names.packed: TensorSpec("int32", (8, 96, 8)), names.scale: TensorSpec("bfloat16", (8, 96, 2))}

@@ -84,7 +84,7 @@ def test_what_cannot_stay_packed_is_refused():
     some = torch.zeros(1, 2, 32, dtype=torch.int8)
     with pytest.raises(ValueError, match="experts of 8 bits cannot stay packed, only of 2, 3, 4"):
         arrange(some, torch.ones(1, 2, 1), 8)
-    with pytest.raises(ValueError, match="groups of 16 columns cannot stay packed, .* a multiple of 32"):
+    with pytest.raises(ValueError, match=r"groups of 16 columns cannot stay packed, .* a multiple of 32"):
         arrange(some, torch.ones(1, 2, 2), 4)
     with pytest.raises(ValueError, match="3 scales do not divide 32 columns"):
         arrange(some, torch.ones(1, 2, 3), 4)
