@@ -8,11 +8,10 @@ Asked for where the model is loaded, with `import moecli`:
 
 Experts of 2, 3 or 4 bits then take their codes and scales (`ops.packed` has the layout); bits may differ between the
 experts of a layer, gate and up of one expert must agree. Attention and shared experts are dense as ever. On CUDA with
-Triton, up to 32 visits an expert are multiplied by `ops.kernels.packed`, without a word to the host; more, and
+Triton, up to 128 visits an expert are multiplied by `ops.kernels.packed`, without a word to the host; more, and
 everything elsewhere, is dequantized layer by layer at each call and run by the stock implementation, which then
 computes what the dense model computes. The kernels give the same up to rounding: they gate in float32 and round once.
-The 32 are an estimate, and neither they nor the kernels' speed were measured on a device yet. Such a model is not
-saved, and its experts do not learn.
+Such a model is not saved, and its experts do not learn.
 
 The file that lies beside the weights for `trust_remote_code` needs torch and transformers only, and so has no kernels:
 with it alone, `memory: packed` is refused.
@@ -28,12 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecli.core.artifacts import Checkpoint
+from moecli.families import WIDTHS_KEY, family_of
+from moecli.io.factors import FACTORS_KEY
+from moecli.io.formats import format_of, packed_names, packed_weights
 from moecli.ops.kernels import kernels
 from moecli.ops.pack import unpack_rows
 from moecli.ops.packed import Packed, arrange, dequantized
+from moecli.runtime.compact_model import moe_blocks
 
 MOST_VISITS = 128
-"""Of an expert, on average, up to which its weights are dequantized while multiplying; not measured."""
+"""Of an expert, on average, up to which its weights are dequantized while multiplying (docs/performance.md)."""
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 256
@@ -177,6 +181,50 @@ def keep_packed(experts: nn.Module) -> None:
         delattr(experts, name)
         setattr(experts, name, PackedProjection(blob))
     experts.__class__ = packed_class(type(experts))
+
+
+def pack_experts(model: nn.Module, checkpoint: Checkpoint) -> int:
+    """Let the experts of a model that was loaded dense stay packed as the checkpoint has them; in how many layers.
+
+    Layers whose experts are not packed to integers are left as they are. ValueError: experts of several widths, stored
+    as factors, or of bits or groups that cannot stay packed.
+    """
+    config, packed = checkpoint.config, packed_weights(checkpoint.names())
+    specs = {name: checkpoint.spec(name) for name in checkpoint.names()}
+    refuse(config.get(WIDTHS_KEY) or {}, config.get(FACTORS_KEY) or {})
+    family, layers = family_of(config), 0
+    for layer, block in moe_blocks(model).items():
+        form = family.layout(packed, int(layer))
+        names = [form.names_of(expert) for expert in range(family.experts_in(int(layer)))]
+        if not {*names[0]} & packed or format_of(names[0][0], specs) != "int":
+            continue
+        matrices = _stacked(checkpoint, names[0]) if names[0] == names[-1] else _each(checkpoint, names)
+        for name, experts in zip(PROJECTIONS, matrices, strict=True):
+            setattr(block.experts, name, nn.Parameter(kept(experts), requires_grad=False))
+        keep_packed(block.experts)
+        layers += 1
+    return layers
+
+
+_Matrix = tuple[Tensor, Tensor, Tensor]
+
+
+def _each(checkpoint: Checkpoint, names: Sequence[Sequence[str]]) -> tuple[list[list[_Matrix]], list[list[_Matrix]]]:
+    """Of each expert gate and up, and down, as `kept` takes them."""
+
+    def parts(name: str) -> _Matrix:
+        packed, scale, shape = (checkpoint.get(part) for part in packed_names(name))
+        return packed, scale, shape
+
+    return [[parts(gate), parts(up)] for gate, up, _ in names], [[parts(down)] for _, _, down in names]
+
+
+def _stacked(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[list[list[_Matrix]]]:
+    """The same from the tensors of all experts: gates and ups, then downs."""
+    for name in names[:2]:
+        packed, scale, shape = (checkpoint.get(part) for part in packed_names(name))
+        inputs = shape[1] if shape[3] else shape[2]
+        yield [[(words, scales, inputs)] for words, scales in zip(packed, scale, strict=True)]
 
 
 def packed_class(base: type[nn.Module]) -> type[nn.Module]:

@@ -7,9 +7,12 @@ import statistics
 import pytest
 import torch
 
+from moecli.core.errors import StageFailed
 from moecli.families.adapter import load_model
 from moecli.methods.eval import speed as module
 from moecli.methods.eval.speed import Speed, copy_bandwidth, speed
+from moecli.methods.quantize.rtn import Rtn, rtn
+from moecli.runtime.packed import PackedProjection
 
 SMALL = Speed(batch_sizes=(1, 3), prompt=8, new_tokens=5, repeats=3)
 
@@ -92,3 +95,35 @@ def test_measurements_of_other_devices_have_other_keys(monkeypatch):
     assert SMALL.identity(str)["device"] == module.device_name()
     monkeypatch.setattr(module, "device_name", lambda: "another")
     assert SMALL.identity(str) == {"device": "another"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])
+def test_experts_that_stay_packed_compute_what_the_dense_model_computes(checkpoint, context, monkeypatch, family):
+    model = checkpoint(family, dtype="bfloat16")
+    ctx = context("quantize")
+    packed = rtn(Rtn(bits=4, group_size=32), model, None, ctx)
+    ids, seen = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0)), []
+
+    def measured(loaded, opt, batch, ctx):
+        seen.append((loaded, loaded(input_ids=ids).logits))
+        return module.Times((1.0,), (1.0,), None)
+
+    monkeypatch.setattr(module, "_measured", measured)
+    for memory, each in (("dense", packed), ("packed", packed), ("packed", model)):
+        with torch.no_grad():
+            speed(SMALL.model_copy(update={"memory": memory, "batch_sizes": (1,)}), each, ctx)
+    (dense, wanted), (kept, found), (source, _) = seen
+    assert torch.equal(found, wanted)
+    layers = len(model.facts.moe_layers)
+    assert sum(isinstance(part, PackedProjection) for part in kept.modules()) == 2 * layers
+    assert not any(isinstance(part, PackedProjection) for loaded in (dense, source) for part in loaded.modules())
+    notes = [note for note in ctx.notes if "packed" in note]
+    assert notes == [f"experts of {layers} layers stay packed", "no experts are packed: all weights are dense"]
+
+
+def test_what_cannot_stay_packed_is_said(checkpoint, context):
+    ctx = context("quantize")
+    packed = rtn(Rtn(bits=8, group_size=32), checkpoint(), None, ctx)
+    with pytest.raises(StageFailed, match="experts of 8 bits cannot stay packed") as caught:
+        speed(SMALL.model_copy(update={"memory": "packed"}), packed, ctx)
+    assert caught.value.hint == "write `memory: dense`"

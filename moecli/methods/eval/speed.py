@@ -1,8 +1,9 @@
 """Measure how fast a model generates on this machine, and how much memory that takes.
 
-The whole model is on the device, run by transformers as it comes, dequantized if it is packed: so a packed model is as
-fast as its dense twin here, and its smaller files show in the roofline estimate only. Prompts are random tokens, since
-time does not depend on the text but on which experts it reaches: random tokens reach more experts than text does.
+The whole model is on the device, run by transformers as it comes. What is packed is dequantized, so that a packed model
+is as fast as its dense twin, unless `memory: packed` has experts of 2, 3 and 4 bits stay packed, as `runtime.packed`
+runs them; the source model beside it is what it is. Prompts are random tokens, since time does not depend on the text
+but on which experts it reaches: random tokens reach more experts than text does.
 
     prefill tokens/s   batch * prompt / time of one forward pass over the prompts that gives the last logits
     decode tokens/s    batch / time of one further token on a cache of the prompt, greedy
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from moecli.core.artifacts import Checkpoint, Evaluation, Metric
 from moecli.core.context import Context
-from moecli.core.errors import Problem
+from moecli.core.errors import Problem, StageFailed
 from moecli.core.model import ModelFacts
 from moecli.core.stage import Options, stage
 from moecli.families.adapter import load_model
@@ -54,6 +55,9 @@ class Speed(Options):
     """Timed runs; the median counts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision to run in; `auto` is the checkpoint's."""
+    memory: Literal["dense", "packed"] = "dense"
+    """Experts that are packed to 2, 3 or 4 bits are dequantized while loading, or stay packed: then the model is loaded
+    to the CPU first, dense."""
 
     def identity(self, digest: Callable[..., str]) -> dict[str, Any]:
         return {"device": device_name()}
@@ -73,10 +77,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
 
 
-@stage("eval/speed", version=1, on_source_too=True)
+@stage("eval/speed", version=2, on_source_too=True)
 def speed(opt: Speed, model: Checkpoint, ctx: Context) -> Evaluation:
     dtype = model.facts.dtype if opt.dtype == "auto" else opt.dtype
-    loaded = load_model(model, ctx.device, getattr(torch, dtype))
+    loaded = _loaded(opt, model, getattr(torch, dtype), ctx)
     here = device_name() if ctx.device.type == "cuda" else f"{platform.machine()} CPU"
     rows = {batch: _measured(loaded, opt, batch, ctx) for batch in ctx.track(opt.batch_sizes, "batch sizes")}
     sheet, copied = gpu_of(here), copy_bandwidth(ctx.device)
@@ -86,9 +90,24 @@ def speed(opt: Speed, model: Checkpoint, ctx: Context) -> Evaluation:
     ctx.note(f"measured on {here}: copying moves {copied / 1e9:.0f} GB/s{promised}")
     settings = {
         "prompt": opt.prompt, "new_tokens": opt.new_tokens, "repeats": opt.repeats, "dtype": dtype, "device": here,
+        "memory": opt.memory,
     }  # fmt: skip
     metrics = [metric for batch, found in rows.items() for metric in _metrics(batch, found, opt)]
     return Evaluation(tuple(metrics), settings)
+
+
+def _loaded(opt: Speed, model: Checkpoint, dtype: torch.dtype, ctx: Context) -> nn.Module:
+    if opt.memory == "dense":
+        return load_model(model, ctx.device, dtype)
+    from moecli.runtime.packed import pack_experts  # imports transformers
+
+    loaded = load_model(model, "cpu", dtype)
+    try:
+        layers = pack_experts(loaded, model)
+    except ValueError as error:
+        raise StageFailed(str(error), hint="write `memory: dense`") from error
+    ctx.note(f"experts of {layers} layers stay packed" if layers else "no experts are packed: all weights are dense")
+    return loaded.to(ctx.device)
 
 
 class Times(NamedTuple):
