@@ -1,6 +1,7 @@
 """Measured generation of a random model of a known shape, with all and with half of its experts, beside the roofline.
 
     python scripts/bench_decode.py                      # Qwen3-30B-A3B with 4 of its 48 layers, 128 and 64 experts
+    python scripts/bench_decode.py --packed 4           # all experts, and again with experts of 4 bits that stay packed
     python scripts/bench_decode.py --small --device cpu
 
 Weights are random, so routing is nearly even: more experts are read than by a trained model on text. Time does not
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,10 @@ from moecli.core.model import ModelSketch, TensorSpec
 from moecli.families import adapter, facts_of
 from moecli.families.count import count_of
 from moecli.methods.eval.speed import Speed, _measured, copy_bandwidth, device_name
+from moecli.ops.pack import pack_rows, quantize_rtn
 from moecli.ops.roofline import Gpu, decode, gpu_of, prefill, unique_experts
+from moecli.runtime.compact_model import moe_blocks
+from moecli.runtime.packed import PROJECTIONS, keep_packed, kept
 
 QWEN3 = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4, "hidden_size": 2048,
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--packed", type=int, choices=(2, 3, 4))
     args = parser.parse_args()
     device, config = torch.device(args.device), QWEN3 | (SMALL if args.small else {})
     name = device_name() if device.type == "cuda" else "CPU"
@@ -54,9 +60,15 @@ def main() -> None:
     batches = tuple(int(batch) for batch in args.batches.split(","))
     opt = Speed(batch_sizes=batches, prompt=args.prompt, new_tokens=32, repeats=args.repeats)
     rows = []
-    for experts in (config["num_experts"], config["num_experts"] // 2):
+    for experts in (config["num_experts"], *(() if args.packed else (config["num_experts"] // 2,))):
         model = random_model(config | {"num_experts": experts}, device)
         rows += measured(model, config | {"num_experts": experts}, opt, gpu, device)
+        if args.packed:
+            pack(model, args.packed, 32 if args.small else 128)
+            for row, seconds, peak in timed(model, opt, list(rows), device):
+                line = {"packed_bits": args.packed, "ms": 1e3 * seconds, "as_fast": row["ms"] / (1e3 * seconds)}
+                rows.append({"what": row["what"], "batch": row["batch"], **line, "peak_gib": (peak or 0) / 2**30})
+                show(rows[-1])
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -73,6 +85,34 @@ def random_model(config: dict[str, Any], device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(
             adapter.parse_config(config), dtype=getattr(torch, config["dtype"])
         ).eval()
+
+
+def pack(model: Any, bits: int, group_size: int) -> None:
+    """Round all experts to nearest and let them stay packed."""
+    for block in moe_blocks(model).values():
+        for name in PROJECTIONS:
+            weight = getattr(block.experts, name).data
+            coded = [quantize_rtn(each, bits, group_size) for each in weight]
+            shape = torch.tensor(weight.shape[1:])
+            blob = kept([[(pack_rows(codes, bits), scale, shape)] for codes, scale in coded])
+            setattr(block.experts, name, torch.nn.Parameter(blob, requires_grad=False))
+        keep_packed(block.experts)
+
+
+def timed(
+    model: Any, opt: Speed, dense: list[dict[str, Any]], device: torch.device
+) -> Iterator[tuple[dict[str, Any], float, int | None]]:
+    """Each row of the dense model, the median seconds of this one, and its peak memory."""
+    for batch in opt.batch_sizes:
+        found = _measured(model, opt, batch, SimpleNamespace(device=device, seed=0))
+        for row in dense:
+            if row["batch"] == batch and "packed_bits" not in row:
+                seconds = found.prefill_s if row["what"] == "prefill" else found.decode_s
+                yield row, statistics.median(seconds), found.peak_bytes
+
+
+def show(row: dict[str, Any]) -> None:
+    print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
 
 def measured(model: Any, config: dict[str, Any], opt: Speed, gpu: Gpu, device: torch.device) -> list[dict[str, Any]]:
@@ -95,10 +135,7 @@ def measured(model: Any, config: dict[str, Any], opt: Speed, gpu: Gpu, device: t
                 "peak_gib": (found.peak_bytes or 0) / 2**30, "estimated_gib": bounds[what].memory_bytes / 2**30,
                 "unique_experts": unique_experts(config["num_experts"], count.top_k, tokens),
             })  # fmt: skip
-            print(
-                "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
-                flush=True,
-            )
+            show(rows[-1])
     return rows
 
 

@@ -194,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tune", default="", help="bits at which all shapes are tried first")
     parser.add_argument("--bits", default="4,3,2")
-    parser.add_argument("--batches", default="1,2,4,8,16,64,256,1024")
+    parser.add_argument("--batches", default="1,2,4,8,16,64,256,1024,4096")
     parser.add_argument("--compile", type=int, help="only fill the cache of kernels with part N of 14")
     args = parser.parse_args()
     all_bits = [int(bits) for bits in args.bits.split(",")]

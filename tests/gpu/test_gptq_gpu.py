@@ -73,14 +73,15 @@ def test_what_is_put_from_the_device_is_written_as_it_was_then(checkpoint, tmp_p
         assert torch.equal(found, value[:, ::2] if index % 3 == 0 else value), index
 
 
-def test_the_stage_gives_on_the_device_what_it_gives_on_the_cpu(checkpoint, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"asymmetric": 0.25}, {"bits": 1, "attention_bits": 4}])
+def test_the_stage_gives_on_the_device_what_it_gives_on_the_cpu(checkpoint, tmp_path, options):
     model = checkpoint()
     ids = torch.randint(5, model.facts.vocab, (16, 48), generator=torch.Generator().manual_seed(0))
     text, found = CalibrationText(ids, torch.ones_like(ids), "digest"), {}
     for device in ("cpu", "cuda"):
         ctx = HandContext(tmp_path / "stages" / "quantize-gptq" / device)
         ctx.device = torch.device(device)
-        gptq(Gptq(group_size=8), text, model, None, ctx)
+        gptq(Gptq(group_size=8, **options), text, model, None, ctx)
         found[device] = DenseView(ctx.finish(model))
     family, layer = family_of(model.config), model.facts.moe_layers[0]
     for expert in range(model.facts.experts):
