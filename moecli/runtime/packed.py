@@ -8,7 +8,7 @@ Asked for where the model is loaded, with `import moecli`:
 
 Experts of 2, 3 or 4 bits then take their codes and scales (`ops.packed` has the layout); bits may differ between the
 experts of a layer, gate and up of one expert must agree. Attention and shared experts are dense as ever. On CUDA with
-Triton, up to 128 visits an expert are multiplied by `ops.kernels.packed`, without a word to the host; more, and
+Triton, up to 256 visits an expert are multiplied by `ops.kernels.packed`, without a word to the host; more, and
 everything elsewhere, is dequantized layer by layer at each call and run by the stock implementation, which then
 computes what the dense model computes. The kernels give the same up to rounding: they gate in float32 and round once.
 Such a model is not saved, and its experts do not learn.
@@ -36,7 +36,7 @@ from moecli.ops.pack import unpack_rows
 from moecli.ops.packed import Packed, arrange, dequantized
 from moecli.runtime.compact_model import moe_blocks
 
-MOST_VISITS = 128
+MOST_VISITS = 256
 """Of an expert, on average, up to which its weights are dequantized while multiplying (docs/performance.md)."""
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
