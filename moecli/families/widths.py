@@ -21,7 +21,7 @@ from moecli.families.family import WIDTHS_KEY, family_of, without_mtp
 from moecli.families.layouts import Layout
 from moecli.families.sketch import _changed, _unquantized, _without_mtp
 from moecli.families.table import TABLE
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.reader import Origin, StoredView, stored
 from moecli.io.tensorfile import Entry
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def padded(checkpoint: Checkpoint) -> Checkpoint:
     return _Padded(checkpoint) if checkpoint.config.get(WIDTHS_KEY) else checkpoint
 
 
-class _Padded(StoredCheckpoint):
+class _Padded(StoredView):
     """Narrow experts with zeros behind their channels."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -144,13 +144,6 @@ class _Padded(StoredCheckpoint):
 
     def _widened(self, name: str, tensor: Tensor) -> Tensor:
         return self._forms[name].widened(name, tensor, self._width) if name in self._forms else tensor
-
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         return ("own", name) if name in self._forms else self.parent.origin(name)

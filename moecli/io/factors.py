@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from moecli.core.artifacts import Checkpoint, PartWriter
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.reader import Origin, StoredCheckpoint, StoredView, stored
 from moecli.ops.lowrank import Factored
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def unfactored(checkpoint: Checkpoint) -> StoredCheckpoint:
     return FactoredView(checkpoint) if checkpoint.config.get(FACTORS_KEY) else stored(checkpoint)
 
 
-class FactoredView(StoredCheckpoint):
+class FactoredView(StoredView):
     """A checkpoint whose factors read as the weights they stand for, in their dtype; with the config and facts of the
     ordinary model.
     """
@@ -143,13 +143,6 @@ class FactoredView(StoredCheckpoint):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.parent.rows(name, start, stop) if name not in self._where else self.get(name)[start:stop]
-
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         """Products are in no file as they are: ("own", name)."""

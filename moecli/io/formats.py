@@ -48,7 +48,7 @@ from moecli.io.durable import natural_key
 from moecli.io.factors import unfactored
 from moecli.io.gpt_oss_layout import METHOD as BLOCKS_METHOD
 from moecli.io.gpt_oss_layout import without_blocks
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint
+from moecli.io.reader import Origin, StoredView
 from moecli.io.servable import CHANNEL, Format
 from moecli.ops.correction import corrected
 from moecli.ops.floats import BLOCK, MX_GROUP
@@ -281,7 +281,7 @@ def parts_of(weight_name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, ..
     ]
 
 
-class DenseView(StoredCheckpoint):
+class DenseView(StoredView):
     """A checkpoint whose packed weights read as ordinary ones, dequantized and corrected when asked for.
 
     Config and facts are those of the dense model. A checkpoint without packed tensors reads as it is, and a
@@ -358,13 +358,6 @@ class DenseView(StoredCheckpoint):
             return dense
         a, b = factor_names(name)
         return corrected(dense, self.parent.rows(b, start, stop), self.parent.get(a))
-
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         """Dequantized tensors are in no file as they are: ("own", name)."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moecli.core.artifacts import Checkpoint, PartWriter
 from moecli.core.model import TensorSpec
 from moecli.io.durable import natural_key
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.reader import Origin, StoredCheckpoint, StoredView, stored
 from moecli.ops.floats import MX_GROUP
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def without_blocks(checkpoint: Checkpoint) -> StoredCheckpoint:
     return _Dense(checkpoint) if config.get("quant_method") == METHOD else stored(checkpoint)
 
 
-class _Dense(StoredCheckpoint):
+class _Dense(StoredView):
     """Config and facts are those of the model without packed weights."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -113,13 +113,6 @@ class _Dense(StoredCheckpoint):
         dtype = getattr(torch, self.facts.dtype)
         dense = [dequantize_mxfp4(*one, dtype).T for one in zip(blocks_ENGh.flatten(-2), scale_ENG, strict=True)]
         return torch.stack(dense)
-
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         return ("own", name) if name in self._blocks else self.parent.origin(name)

@@ -39,7 +39,7 @@ from moecli.io.formats import (
     scheme_of,
     schemes_of,
 )
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.reader import Origin, StoredCheckpoint, StoredView, stored
 from moecli.io.servable import CHANNEL
 from moecli.ops.pack import pack_rows
 
@@ -165,7 +165,7 @@ def _patterns(module: str) -> Iterator[str]:
         yield path
 
 
-class GptqView(StoredCheckpoint):
+class GptqView(StoredView):
     """A checkpoint packed as `pack-quantized`, shown in this layout. None of its weights fails `why_no_gptq`."""
 
     def __init__(self, checkpoint: Checkpoint, version: Version = "gptq") -> None:
@@ -210,13 +210,6 @@ class GptqView(StoredCheckpoint):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.get(name)[start:stop] if name in self._weight else self.parent.rows(name, start, stop)
 
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
-
     def origin(self, name: str) -> Origin:
         return ("own", name) if name in self._weight else self.parent.origin(name)
 
@@ -247,7 +240,7 @@ def unpacked_gptq(checkpoint: Checkpoint) -> StoredCheckpoint:
     return stored(checkpoint) if version is None else _Packed(checkpoint, version)
 
 
-class _Packed(StoredCheckpoint):
+class _Packed(StoredView):
     """Inverse of `GptqView`."""
 
     def __init__(self, checkpoint: Checkpoint, version: Version) -> None:
@@ -325,13 +318,6 @@ class _Packed(StoredCheckpoint):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.get(name)[start:stop] if name in self._weight else self.parent.rows(name, start, stop)
-
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         return ("own", name) if name in self._weight else self.parent.origin(name)

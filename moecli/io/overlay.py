@@ -21,7 +21,7 @@ from moecli.core.artifacts import Checkpoint, CheckpointWriter, PartWriter
 from moecli.core.errors import SurroundingsError
 from moecli.core.model import TensorSpec
 from moecli.io.durable import disk_errors, file_safe, json_text, natural_key, read_json, write_text
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.reader import Origin, StoredCheckpoint, StoredView, stored
 from moecli.io.store import redo_hint
 from moecli.io.tensorfile import Entry, read_header, read_rows, read_tensor, spec_of, write_tensors
 
@@ -235,7 +235,7 @@ def _check(parts: Mapping[str, _Record], parent: StoredCheckpoint) -> None:
                 raise ValueError(f"part `{part}` refers to `{name}`, which the parent does not have")
 
 
-class OverlayCheckpoint(StoredCheckpoint):
+class OverlayCheckpoint(StoredView):
     """A finished overlay over its parent. Reads go through the chain; opening reads headers and records only.
 
     SurroundingsError when the folder is not a finished overlay, is damaged, or belongs to another parent.
@@ -284,13 +284,6 @@ class OverlayCheckpoint(StoredCheckpoint):
         if name in self._own:
             return read_rows(self._own[name], start, stop)
         return self.parent.rows(self._parent_name(name), start, stop)
-
-    def side_files(self) -> Mapping[str, str]:
-        return self.parent.side_files()
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         return ("own", name) if name in self._own else self.parent.origin(self._parent_name(name))

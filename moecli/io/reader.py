@@ -73,6 +73,19 @@ class StoredCheckpoint(Checkpoint):
         raise TypeError("a checkpoint is opened from its folder; it cannot be unpacked from tensors and JSON")
 
 
+class StoredView(StoredCheckpoint):
+    """A checkpoint that shows another one differently: what lies beside the weights is that one's."""
+
+    parent: StoredCheckpoint
+
+    @property
+    def source(self) -> FolderCheckpoint:
+        return self.parent.source
+
+    def side_files(self) -> Mapping[str, str]:
+        return self.parent.side_files()
+
+
 def stored(checkpoint: Checkpoint) -> StoredCheckpoint:
     """The same checkpoint with the wider interface of this room. TypeError when it does not live in
     folders."""

@@ -43,7 +43,7 @@ from moecli.io.formats import (
 )
 from moecli.io.gpt_oss_layout import as_packed_specs
 from moecli.io.gptq_layout import GptqView, why_no_gptq
-from moecli.io.reader import FolderCheckpoint, Origin, StoredCheckpoint, stored
+from moecli.io.reader import Origin, StoredCheckpoint, StoredView, stored
 from moecli.io.servable import answer, in_words, why_not
 from moecli.io.writer import Export, export_folder
 from moecli.runner.adapters import write_adapter
@@ -204,7 +204,7 @@ def _no_stock(reason: str, hint: str | None) -> Problem:
     return Problem("export", f"there is no stock form of this model: {reason}", hint=hint)
 
 
-class _View(StoredCheckpoint):
+class _View(StoredView):
     """A checkpoint under the config of the folder to be. This class is the stock form."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -233,10 +233,6 @@ class _View(StoredCheckpoint):
 
     def side_files(self) -> Mapping[str, str]:
         return {name: path for name, path in self.parent.side_files().items() if name != FILE_NAME}
-
-    @property
-    def source(self) -> FolderCheckpoint:
-        return self.parent.source
 
     def origin(self, name: str) -> Origin:
         return self.parent.origin(name)

@@ -25,6 +25,7 @@ def _packed(fast):
     packed_cases.compare(fast, "cpu", torch.float32, 4, columns=288, group=96, **TOY)  # padded columns, split groups
     packed_cases.compare(fast, "cpu", torch.float16, 3, columns=64, group=32, **TOY)
     packed_cases.compare(fast, "cpu", torch.float16, 2, columns=256, group=256, **TOY)
+    packed_cases.compare(fast, "cpu", torch.float16, 4, columns=64, group=32, **TOY | {"slots": 1, "tokens": (2,)})
 
 
 CASES = {
