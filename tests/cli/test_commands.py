@@ -159,7 +159,7 @@ def test_one_method(answer: Answer) -> None:
     document = answer("methods", "quantize/rtn", as_json=True)
     options = {option["name"]: option for option in document["options"]}
     assert (options["bits"]["type"], options["bits"]["default"], options["bits"]["required"]) == (
-        "2 or 3 or 4 or 8",
+        "1 or 2 or 3 or 4 or 8",
         4,
         False,
     )
