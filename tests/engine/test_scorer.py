@@ -131,7 +131,10 @@ def test_a_tokenizer_that_adds_bos_is_treated_as_hflm_does(both, tmp_path):
     theirs.tokenizer = ours.tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert ours.tok_encode("a")[0] == 1
     pairs = [*PAIRS, ("<bos>a", "b")]
-    assert ours.loglikelihood(requests(pairs)) == theirs.loglikelihood(requests(pairs), disable_tqdm=True)
+    found, wanted = ours.loglikelihood(requests(pairs)), theirs.loglikelihood(requests(pairs), disable_tqdm=True)
+    # one last bit: products of other shapes may add up in another order, on some processors
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-6)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
     rows = [(text,) for text in DOCUMENTS]
     assert ours.loglikelihood_rolling(requests(rows)) == pytest.approx(
         theirs.loglikelihood_rolling(requests(rows), disable_tqdm=True), rel=1e-6
