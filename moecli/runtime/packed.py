@@ -198,7 +198,8 @@ def pack_experts(model: nn.Module, checkpoint: Checkpoint) -> int:
         names = [form.names_of(expert) for expert in range(family.experts_in(int(layer)))]
         if not {*names[0]} & packed or format_of(names[0][0], specs) != "int":
             continue
-        matrices = _stacked(checkpoint, names[0]) if names[0] == names[-1] else _each(checkpoint, names)
+        stacked = len(specs[packed_names(names[0][0]).packed].shape) == 3
+        matrices = _stacked(checkpoint, names[0]) if stacked else _each(checkpoint, names)
         for name, experts in zip(PROJECTIONS, matrices, strict=True):
             setattr(block.experts, name, nn.Parameter(kept(experts), requires_grad=False))
         keep_packed(block.experts)
