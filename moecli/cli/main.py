@@ -39,6 +39,10 @@ class Terminated(BaseException):
     """SIGTERM, raised in the main thread so that what is open gets closed and finished parts are kept."""
 
 
+SIGNALS: dict[type, signal.Signals] = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+SOON_S = 0.05
+
+
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Nothing is raised."""
     _prepare_streams()
@@ -234,6 +238,31 @@ def _sigterm() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with _heard_in_finalizers():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _heard_in_finalizers() -> Iterator[None]:
+    """Python prints and forgets what is raised while an object is finalized: such a signal is sent once more."""
+    later: list[threading.Timer] = []
+    before = sys.unraisablehook
+
+    def again(forgotten: sys.UnraisableHookArgs) -> None:
+        number = SIGNALS.get(forgotten.exc_type)
+        if number is None:
+            before(forgotten)
+            return
+        later.append(threading.Timer(SOON_S, os.kill, (os.getpid(), number)))
+        later[-1].start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in later:
+            timer.cancel()
+            timer.join()

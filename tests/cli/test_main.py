@@ -197,6 +197,29 @@ def test_a_signal_closes_what_is_open(number: signal.Signals, code: int, tmp_pat
     assert (tmp_path / "closed").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_an_object_is_finalized(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Python forgets what is raised there; the command stops all the same, and prints nothing of it."""
+    script = (
+        "import os, sys, time\n"
+        "from moecli.cli import main, show\n"
+        "class Sent:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(0.01)\n"
+        "def slow(*args):\n"
+        "    Sent()\n"
+        "    time.sleep(60)\n"
+        "show.planned = slow\n"
+        "sys.exit(main.run(['check', 'x.yaml']))\n"
+    )
+    command = ["env", "--default-signal=INT", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=50)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.endswith("finished parts are kept, the same command goes on from there\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_terminal_without_unicode(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("recipe: 1\nmod\u00e8le: x\n", encoding="utf-8")
     code = "import sys; from moecli.cli.main import run; sys.exit(run(['check', 'x.yaml']))"
