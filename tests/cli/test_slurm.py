@@ -38,7 +38,8 @@ def test_they_are_shell(name):
 def test_they_run_a_recipe(name, nodes, each, tiny_model, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
-    commands = {"srun": SRUN, "scontrol": "#!/bin/bash\necho localhost\necho other\n"}
+    slow = "#!/bin/bash\necho localhost\nsleep 0.2\necho other\n"  # its reader may be gone before it ends
+    commands = {"srun": SRUN, "scontrol": slow}
     commands["torchrun"] = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
     for command, text in commands.items():
         (tools / command).write_text(text)
