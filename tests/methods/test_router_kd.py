@@ -1,15 +1,21 @@
 """Router KD: the loss by hand, one step by hand, and only routers move."""
 
+import json
+
 import pytest
 import torch
 
-from moecli.core.artifacts import CalibrationStats, CalibrationText, ExpertPlan, LayerPlan
+from moecli.core.artifacts import CalibrationStats, CalibrationText, Checkpoint, ExpertPlan, LayerPlan
 from moecli.core.errors import StageFailed
 from moecli.families import family_of
 from moecli.families.adapter import load_model
+from moecli.io.store import RunFolder
 from moecli.methods.merge.weighted import Weighted, weighted
 from moecli.methods.router.kd import Kd, kd, summed_divergence
 from moecli.methods.router.row_drop import RowDrop, row_drop
+from moecli.runner.execute import Execution
+from moecli.runner.execute import run as run_plan
+from moecli.runner.open import open_recipe
 
 GROUPS = torch.tensor([0, 1, 1, 0, 2, 3, 2, 2])
 SHARES = torch.tensor([0.5, 0.25, 0.75, 0.5, 0.2, 1.0, 0.3, 0.5])
@@ -127,11 +133,48 @@ def test_other_embeddings_than_the_sources_are_refused(checkpoint, context):
         kd(Kd(), ctx.finish(source), source, text(), context("kd"))
 
 
-def test_quantized_models_are_refused(checkpoint):
-    from dataclasses import replace
-
-    (problem,) = Kd().problems(replace(checkpoint().facts, quantized="compressed-tensors"))
-    assert "its router cannot be trained" in problem.message
+@pytest.mark.parametrize(
+    ("model_type", "options", "kind"),
+    [
+        ("qwen3_moe", {"bits": 2, "group_size": 16}, "stock"),
+        ("qwen3_moe", {"bits": 3, "group_size": 32}, "compact"),
+        ("deepseek_v3", {"bits": 2, "group_size": 16, "shared_bits": 4}, "stock"),
+        ("gpt_oss", {"format": "mxfp4", "attention_bits": 16}, "stock"),
+    ],
+)
+def test_routers_learn_what_rounding_left_and_codes_stay(model_type, options, kind, tiny_model, tmp_path):
+    rows = [json.dumps({"text": f"some words {i} " * 20}) for i in range(9)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    stages = [
+        {
+            "run": "calibrate/text",
+            "with": {"dataset": str(tmp_path / "text.jsonl"), "samples": 8, "tokens_per_sample": 32},
+        },
+        {"run": "quantize/rtn", "with": options},
+        {"run": "router/kd", "with": {"learning_rate": 3e-3, "epochs": 6, "accumulate": 1}},
+    ]
+    recipe = {"recipe": 1, "model": str(tiny_model(model_type, dtype="bfloat16")), "export": kind, "stages": stages}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    execution = Execution(
+        opened := open_recipe(tmp_path / "r.yaml"), RunFolder(tmp_path / "steps"), torch.device("cpu")
+    )
+    for index in range(3):
+        execution.step(index)
+    rounded, trained = (execution.artifact(index, Checkpoint) for index in (1, 2))
+    family = family_of(trained.config)
+    routers = {
+        name
+        for layer in trained.facts.moe_layers
+        for name, tensor in family.router_names(layer, trained).items()
+        if tensor.role != "correction"
+    }
+    for name in trained.names():
+        same = torch.equal(trained.get(name).view(-1).view(torch.uint8), rounded.get(name).view(-1).view(torch.uint8))
+        assert same == (name not in routers), name
+    losses = execution.step(2).manifest["records"]["kd_loss"]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    result = run_plan(opened, tmp_path / "run")
+    assert (result.report.export, result.report.verification.status) == (kind, "passed")
 
 
 def test_statistics_without_text_are_refused(checkpoint, context):

@@ -8,8 +8,8 @@ different layers compare, so the solver spends `average` over the whole model.
 Takes a way back through all layers (`engine.backward`). Only the expert's own tokens are run again
 (`engine.rounding`), which is exact; gradients and outputs are in the model's dtype, squares in fp32, sums in fp64.
 Rounding is to nearest, on the symmetric grid that `quantize/...` writes unless `grid` says otherwise. Published is
-also a fine-tuning of the router after quantization (`router/kd` comes before it here) and repeating the whole at
-falling averages; neither is part of this stage.
+also a fine-tuning of the router after quantization, for which `router/kd` is here, and repeating the whole at falling
+averages, which is not.
 
 Source: arXiv 2605.23078. `at_least: upper_two` is its option "c2c3".
 
@@ -54,7 +54,7 @@ def _costs(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) ->
     for layer in swept.back():
         if layer.is_moe:
             errors = SlopedRoundingErrors(
-                layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid), one_block
+                layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid, opt.shrink), one_block
             )
             found[layer.index] = layer.observe([errors])[errors.name][0]
     for line in swept.report():

@@ -1,8 +1,9 @@
 """Train the router alone so that the model predicts what the source predicts (Router KD).
 
 L = tau^2 / N sum_t mask_{t+1} KL(p_source(t) || p_model(t)) over the full vocabulary, softened by tau; AdamW on the
-rows of all routers (about 0.04 % of the weights), everything else stays as it is. Works on any form:
-pruned, one row for each merged expert, or all rows behind an alias map.
+rows of all routers (about 0.04 % of the weights), everything else stays as it is. Works on any form: pruned, one row
+for each merged expert, all rows behind an alias map, or quantized, where routers learn what rounding has left of the
+experts, whose codes stay as they are.
 
 Memory: the source runs first, one layer at a time, and leaves the last hidden state of each token (2 bytes x width,
 in CPU memory), from which its logits over the full vocabulary are computed again when they are needed: exact, without
@@ -19,7 +20,6 @@ Source: arXiv 2603.02217.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -30,8 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moecli.core.artifacts import CalibrationStats, CalibrationText, Checkpoint, PartWriter
 from moecli.core.context import Context
-from moecli.core.errors import Problem, StageFailed
-from moecli.core.model import ModelFacts
+from moecli.core.errors import StageFailed
 from moecli.core.stage import Options, stage
 from moecli.engine.data import Batch, batches_of
 from moecli.engine.flow import Recorder, Replaced
@@ -57,14 +56,6 @@ class Kd(Options):
     """Temperature of both distributions."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that both models compute in; `auto` is the checkpoint's."""
-
-    def problems(self, model: ModelFacts) -> Iterator[Problem]:
-        if model.quantized:
-            yield Problem(
-                "",
-                f"the model is quantized ({model.quantized}) and its router cannot be trained through it",
-                hint="move this stage above the `quantize/...` stage",
-            )
 
 
 @stage("router/kd", version=1)
@@ -99,6 +90,7 @@ class Student:
         self._checkpoint = model
         self.network = adapter.load_model(model, device, dtype).requires_grad_(False)
         self._prefix, self._layers = adapter.decoder_layers(self.network)
+        model, source = adapter.dense(model), adapter.dense(source)
         names = adapter.tensor_map(self.network, model)
         _refuse_other_ends(model, source, names.outside)
         family, parameters = family_of(model.config), dict(self.network.named_parameters())
