@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +30,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks() -> Iterator[None]:
+    """Verification's fresh process is a fork (`tests.fresh`), but in tests marked `own_interpreter`."""
+    from moecli.runner import verify
+    from tests.fresh import Interpreter
+
+    with pytest.MonkeyPatch.context() as patch, Interpreter() as interpreter:
+        patch.setattr(verify, "run_python", interpreter.run)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("own_interpreter"):
+        from moecli.runner import verify
+        from tests.fresh import run_python
+
+        monkeypatch.setattr(verify, "run_python", run_python)

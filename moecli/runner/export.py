@@ -140,8 +140,10 @@ def _why_not_research(model: ModelSketch) -> Problem | None:
         return Problem("export", "the research form is for experts of one count and width",
                        hint="write `export: compact`, or `export: expanded`")  # fmt: skip
     if model.specs and not packed_weights(model.specs):
-        return Problem("export", "the research form is for packed weights, and no stage packs any",
-                       hint="write `export: auto`")  # fmt: skip
+        why = "no stage packs any"
+        if packed_weights(as_packed_specs(model.specs)):
+            why = f"those of {model.config['model_type']}'s own layout are exported as they are"
+        return Problem("export", f"the research form is for packed weights, and {why}", hint="write `export: auto`")
     return None
 
 

@@ -175,7 +175,8 @@ def _kind_of(exported: FolderCheckpoint, checkpoint: Checkpoint) -> Kind:
         return "gptq"
     if has_sidecar(exported.folder):
         return "research"
-    return "stock" if choose(checkpoint) == "stock" else "expanded"
+    opened = bool(checkpoint.config.get("quantization_config")) and not quantization
+    return "stock" if choose(checkpoint) == "stock" and not opened else "expanded"
 
 
 def _check(name: str, problems: Sequence[str]) -> Check:
@@ -430,10 +431,7 @@ def _reload(exported: FolderCheckpoint, dense: DenseView, free_bytes: int | None
 def _in_fresh_process(
     exported: FolderCheckpoint, tokens: list[list[int]], scratch: Path
 ) -> tuple[dict[str, Any], str | None]:
-    """What the script reports, or why it could not: (report, None) or ({}, sentence).
-
-    `-P` keeps the working directory off the path; `-I` would also hide packages installed for the user alone.
-    """
+    """What the script reports, or why it could not: (report, None) or ({}, sentence)."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -442,12 +440,24 @@ def _in_fresh_process(
         "TOKENIZERS_PARALLELISM": "false",
     }
     trust = "trust" if "auto_map" in exported.config else "no"
-    command = [sys.executable, "-P", "-c", _SCRIPT, str(exported.folder.resolve()), json.dumps(tokens)]
-    done = subprocess.run([*command, str(scratch), trust], cwd=scratch, env=environment, capture_output=True, text=True)
+    done = run_python(
+        _SCRIPT, [str(exported.folder.resolve()), json.dumps(tokens), str(scratch), trust], scratch, environment
+    )
     if done.returncode != 0:
         return {}, f"a fresh process cannot load the folder: {_why(done)}"
     report: dict[str, Any] = json.loads((scratch / "report.json").read_text("utf-8"))
     return report, None
+
+
+def run_python(
+    script: str, argv: Sequence[str], cwd: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """A script in an interpreter of its own; what it prints is kept.
+
+    `-P` keeps the working directory off the path; `-I` would also hide packages installed for the user alone.
+    """
+    command = [sys.executable, "-P", "-c", script, *argv]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def _why(done: subprocess.CompletedProcess[str]) -> str:

@@ -73,6 +73,7 @@ def test_there_is_no_other_packed_form(checkpoint, context):
     sketch = sketch_of(made(checkpoint("gpt_oss", dtype="bfloat16"), context()))
     assert "weights in mxfp4" in why_not_exported(sketch, "compact").message
     assert "weights in mxfp4" in why_not_exported(sketch, "gptq").message
+    assert "those of gpt_oss's own layout are exported as they are" in why_not_exported(sketch, "research").message
     assert why_not_exported(sketch, "auto") is why_not_exported(sketch, "expanded") is None
 
 

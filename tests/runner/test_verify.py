@@ -17,6 +17,8 @@ from moecli.runner.report import Verification as Reported
 from moecli.runner.verify import fixed_tokens, verify, verify_folder
 from tests.runner.chains import merged, opened, pruned, quantized
 
+pytestmark = pytest.mark.own_interpreter
+
 NO_MEMORY = 1000
 """Free bytes that no model fits in: only the checks that read headers and routers run."""
 
@@ -67,6 +69,13 @@ def test_a_pruned_model_passes_as_stock(family, tiny_model, tmp_path):
     found = verify(tmp_path / "model", chain, source=chain.source)
     assert found.problems == ()
     assert results(found) == PASSED
+
+
+def test_a_packed_model_that_was_written_dense_passes_without_its_kind(tiny_model, tmp_path):
+    chain = quantized(opened(tiny_model("qwen3_moe", dtype="bfloat16")), tmp_path / "quantized")
+    export(chain, tmp_path / "model", "expanded")
+    found = verify(tmp_path / "model", chain, free_bytes=NO_MEMORY)
+    assert found.problems == ()
 
 
 @pytest.mark.parametrize("merge_first", [False, True], ids=["stock", "compact"])
