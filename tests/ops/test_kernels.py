@@ -23,9 +23,8 @@ TOY = {"experts": 2, "width": 20, "slots": 2, "tokens": (1, 3)}
 
 def _packed(fast):
     packed_cases.compare(fast, "cpu", torch.float32, 4, columns=288, group=96, **TOY)  # padded columns, split groups
-    packed_cases.compare(fast, "cpu", torch.float16, 3, columns=64, group=32, **TOY)
-    packed_cases.compare(fast, "cpu", torch.float16, 2, columns=256, group=256, **TOY)
-    packed_cases.compare(fast, "cpu", torch.float16, 4, columns=64, group=32, **TOY | {"slots": 1, "tokens": (2,)})
+    packed_cases.compare(fast, "cpu", torch.float16, 3, columns=64, group=32, **TOY | {"tokens": (2,)})
+    packed_cases.compare(fast, "cpu", torch.float16, 2, columns=256, group=256, **TOY | {"slots": 1, "tokens": (2,)})
 
 
 CASES = {
