@@ -146,6 +146,7 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         return {"run": name, "with": {"group_size": 128, **options}}
 
     rows: dict[str, list[dict[str, Any]]] = {}
+    kd = {"run": "router/kd", "with": KD}
     for bits in (4, 3, 2):
         rows[f"hqq-{bits}"] = [stage("quantize/hqq", bits=bits)]
         rows[f"awq-{bits}"] = [stage("quantize/awq", bits=bits)]
@@ -159,6 +160,7 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         rows[f"gptaq-{bits}"] = [stage("quantize/gptq", bits=bits, asymmetric=0.25)]
         rows[f"gptaq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, asymmetric=0.25, shrink=True)]
         rows[f"gptq-{bits}-shrink"] = [stage("quantize/gptq", bits=bits, shrink=True)]
+        rows[f"gptq-{bits}-shrink-kd"] = [stage("quantize/gptq", bits=bits, shrink=True), kd]
         for method in ("eora", "lqer", "slim"):
             rows[f"gptq-{bits}-{method}-4"] = [
                 stage("quantize/gptq", bits=bits), {"run": f"compensate/{method}", "with": {"rank": 4}},
@@ -194,7 +196,12 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
         for name, plan in plans.items():
             rows[f"{name}-{average}-gptq"] = [*plan, stage("quantize/gptq", bits=4)]
         rows[f"pmq-{average}-rtn"] = [*plans["pmq"], stage("quantize/rtn", bits=4)]
-        rows[f"gemq-{average}-gptq-shrink"] = [*plans["gemq"], stage("quantize/gptq", bits=4, shrink=True)]
+        shrunk = stage("quantize/gptq", bits=4, shrink=True)
+        rows[f"gemq-{average}-gptq-shrink"] = [*plans["gemq"], shrunk]
+        for method in ("gemq", "pmq"):
+            searched = stage(f"allocate/{method}", **wanted, shrink=True)
+            rows[f"{method}-shrink-{average}-gptq-shrink"] = [searched, shrunk]
+            rows[f"{method}-shrink-{average}-gptq-shrink-kd"] = [searched, shrunk, kd]
         rows[f"gemq-{average}-gptq-eora-4"] = [
             *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip

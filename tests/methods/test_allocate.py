@@ -45,31 +45,33 @@ def by_gemq(model, ctx, text=None, **options):
     return gemq(opt, text or text_for(model), model, ctx)
 
 
-def norms(model, text, levels):
+def norms(model, text, levels, shrink=False):
     """{layer: [E, levels]}: sum over batches of two of the error's norm"""
     batches, found = batches_of(text, 2), {}
     for batch in batches:
         for layer in sweep(model, [batch]):
             ends = torch.tensor([batch.input_ids.numel()])
-            collector = RoundingErrors(layer.parts.experts, levels, rounding(16), ends)
+            collector = RoundingErrors(layer.parts.experts, levels, rounding(16, shrink=shrink), ends)
             norm = layer.observe([collector])["rounding_errors"][0].sqrt()
             found[layer.index] = found.get(layer.index, 0) + norm
     return found
 
 
 @pytest.mark.parametrize(
-    ("levels", "average", "exponents"),
+    ("levels", "average", "exponents", "shrink"),
     [
-        ((2, 3, 4), 2.5, (1, 1.5, 1)), ((2, 3, 4), 3.2, (1, 1.5, 1)), ((2, 3, 4), 2.75, (0, 2, 0.5)),
-        ((1, 2, 3), 1.5, (1, 1.5, 1)), ((1, 2, 3), 2.0, (1, 1.5, 1)),
+        ((2, 3, 4), 2.5, (1, 1.5, 1), False), ((2, 3, 4), 3.2, (1, 1.5, 1), False),
+        ((2, 3, 4), 2.75, (0, 2, 0.5), False), ((2, 3, 4), 2.75, (0, 2, 0.5), True),
+        ((1, 2, 3), 1.5, (1, 1.5, 1), False), ((1, 2, 3), 2.0, (1, 1.5, 1), True),
     ],
 )  # fmt: skip
-def test_pmq_is_the_best_of_all_plans_by_its_formula(levels, average, exponents, checkpoint, context):
+def test_pmq_is_the_best_of_all_plans_by_its_formula(levels, average, exponents, shrink, checkpoint, context):
     model = checkpoint()
     text = text_for(model)
+    exponent = dict(zip(("alpha", "beta", "gamma"), exponents, strict=True))
     alpha, beta, gamma = exponents
-    plan = by_pmq(model, context(), text, average=average, bits=levels, alpha=alpha, beta=beta, gamma=gamma)
-    stats, eps = stats_of(model, text), norms(model, text, levels)
+    plan = by_pmq(model, context(), text, average=average, bits=levels, shrink=shrink, **exponent)
+    stats, eps = stats_of(model, text), norms(model, text, levels, shrink)
     for layer in model.facts.moe_layers:
         phi = stats[layer].count_E / stats[layer].count_E.sum()
         weight = stats[layer]["prob_routed"] / stats[layer]["prob_routed"].sum()
@@ -136,7 +138,7 @@ def test_another_average_measures_nothing_again(checkpoint, context, monkeypatch
     monkeypatch.setattr(pmq_module, "sweep", never)
     assert sum(int(b.sum()) for b in by_gemq(model, ctx, text, average=3.5).values()) == 3.5 * 32
     by_pmq(model, ctx, text, average=3.5)
-    for change in ({"group_size": 8}, {"bits": [2, 4]}, {"grid": "asymmetric"}):
+    for change in ({"group_size": 8}, {"bits": [2, 4]}, {"grid": "asymmetric"}, {"shrink": True}):
         with pytest.raises(AssertionError, match="measured again"):
             by_gemq(model, ctx, text, **change)
 
@@ -205,6 +207,8 @@ BAD = [
      "experts that share their bits cannot have one at each of the upper two"),
     ("pmq", {"average": 3, "servable": "hf", "at_least": "none"}, "scope",
      "one number of bits for the whole model cannot be chosen layer by layer"),
+    ("gemq", {"average": 3, "grid": "asymmetric", "shrink": True}, "shrink",
+     "the grid of published code has no search for scales"),
     ("gemq", {"average": 3, "group_size": 128}, "group_size",
      "`group_size` 128 does not divide the model width 64 and the expert width 32"),
     ("pmq", {"average": 3, "solver": "greedy"}, "solver", "`greedy` knows no `at_least`"),

@@ -29,23 +29,24 @@ def uniform(model, bits):
     return BitPlan({layer: torch.full(size, bits) for layer in model.facts.moe_layers})
 
 
-def distance(model, plan):
+def distance(model, plan, shrink=False):
     mix = {layer: bits_E2[:, 0].tolist() for layer, bits_E2 in plan.items()}
-    return divergences(model, batches_of(text_for(model), 8), [mix], rounding=rounding(16))[0]
+    return divergences(model, batches_of(text_for(model), 8), [mix], rounding=rounding(16, shrink=shrink))[0]
 
 
 def mean(plan):
     return torch.cat([bits_E2.flatten() for bits_E2 in plan.values()]).double().mean().item()
 
 
-def test_the_plan_is_nearer_to_the_source_than_the_same_bits_for_all(checkpoint, context):
+@pytest.mark.parametrize("shrink", [False, True])
+def test_the_plan_is_nearer_to_the_source_than_the_same_bits_for_all(shrink, checkpoint, context):
     model, ctx = checkpoint(), context()
-    plan = searched(model, ctx)
+    plan = searched(model, ctx, shrink=shrink)
     assert mean(plan) == 3.0
-    assert distance(model, plan) < distance(model, uniform(model, 3))
+    assert distance(model, plan, shrink) < distance(model, uniform(model, 3), shrink)
     best, parent = ctx.records["charts"][1]["series"]
     assert all(new <= old for new, old in zip(best["y"], parent["y"], strict=True))
-    assert best["y"][-1] == pytest.approx(distance(model, plan), rel=1e-4)
+    assert best["y"][-1] == pytest.approx(distance(model, plan, shrink), rel=1e-4)
     assert "3 generations changed the bits of" in ctx.notes[0]
 
 

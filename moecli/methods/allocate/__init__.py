@@ -245,6 +245,8 @@ class Measuring(Allocate):
     grid: Literal["symmetric", "asymmetric"] = "symmetric"
     """Where errors are measured: `symmetric` is the grid that `quantize/...` writes, `asymmetric` that of the published
     code, which has a zero point."""
+    shrink: bool = False
+    """Search each scale as `shrink` of the `quantize/...` stage below does, which helps fewer bits more."""
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         yield from super().problems(model)
@@ -253,13 +255,16 @@ class Measuring(Allocate):
             message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"
             fits = next((g for g in (128, 64, 32, 16) if not any(w % g for w in named.values())), None)
             yield Problem("group_size", message, hint=f"write `group_size: {fits}`" if fits else None)
+        if self.shrink and self.grid == "asymmetric":
+            yield Problem("shrink", "the grid of published code has no search for scales",
+                          hint="write `grid: symmetric`, or leave `shrink` out")  # fmt: skip
 
 
-def rounding(group_size: int, grid: str = "symmetric") -> Rounding:
+def rounding(group_size: int, grid: str = "symmetric", shrink: bool = False) -> Rounding:
     """To nearest, on the grid that `quantize/rtn` writes, or on that of published code."""
     if grid == "asymmetric":
         return lambda weight_NK, bits: asymmetric(weight_NK, bits, group_size)
-    return lambda weight_NK, bits: dequantize(*quantize_rtn(weight_NK, bits, group_size))
+    return lambda weight_NK, bits: dequantize(*quantize_rtn(weight_NK, bits, group_size, shrink))
 
 
 def measured(
@@ -270,7 +275,7 @@ def measured(
 
     StageFailed when one is not a number.
     """
-    grid = {"bits": opt.levels(), "group_size": opt.group_size, "grid": opt.grid}
+    grid = {"bits": opt.levels(), "group_size": opt.group_size, "grid": opt.grid, "shrink": opt.shrink}
     values = {"model": ctx.input_keys["model"], "text": text.digest, **grid, **settings}
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
     found = ctx.shared_part(f"errors-{key}", Measured, lambda: Measured(make())).layers

@@ -67,6 +67,8 @@ class EvoPress(Allocate):
     """Random plans to start from the best of, where there is no other start."""
     group_size: PositiveInt = 128
     """Inputs that share a scale; that of the `quantize/...` stage below."""
+    shrink: bool = False
+    """Search each scale as `shrink` of the `quantize/...` stage below does."""
     batch_size: Annotated[PositiveInt, RunSetting()] = 8
     """Sequences per forward pass."""
 
@@ -201,7 +203,8 @@ class _Search:
         rows = torch.from_numpy(np.sort(rng.choice(len(text.ids), count, replace=False)))
         some = batches_of(CalibrationText(text.ids[rows], text.mask[rows], ""), opt.batch_size)
         mixes = [by_layer(choice, self._model) for choice in choices]
-        return divergences(self._model, some, mixes, rounding=rounding(opt.group_size), device=self._ctx.device)
+        to_nearest = rounding(opt.group_size, shrink=opt.shrink)
+        return divergences(self._model, some, mixes, rounding=to_nearest, device=self._ctx.device)
 
 
 _START = 1 << 31

@@ -79,7 +79,9 @@ def _norms(opt: Pmq, text: CalibrationText, model: Checkpoint, ctx: Context) -> 
     found = {}
     for layer in swept:
         if layer.is_moe:
-            errors = RoundingErrors(layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid), ends_B)
+            errors = RoundingErrors(
+                layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid, opt.shrink), ends_B
+            )
             found[layer.index] = layer.observe([errors])[errors.name].sqrt().sum(0)
     for line in swept.report():
         ctx.note(line)
