@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +30,7 @@ from moecli.families import (
 from moecli.io.overlay import OverlayCheckpoint, OverlayWriter
 from moecli.io.reader import FolderCheckpoint
 from moecli.io.writer import export_folder
+from moecli.runner import verify
 from tests import tiny
 
 EXPERTS = 8
@@ -356,6 +356,5 @@ def test_a_pruned_model_loads_in_a_fresh_process(tiny_model: TinyModel, tmp_path
     ckpt, _ = open_model(tiny_model("qwen3_moe"))
     export_folder(prune(tmp_path / "overlay", ckpt, KEPT), tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["num_local_experts"] == len(KEPT)
-    command = [sys.executable, "-c", _LOADER, str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = verify.run_python(_LOADER, [str(tmp_path / "model")], tmp_path, os.environ)
     assert json.loads(done.stdout.splitlines()[-1]) == [[], False]

@@ -17,8 +17,6 @@ from moecli.runner.report import Verification as Reported
 from moecli.runner.verify import fixed_tokens, verify, verify_folder
 from tests.runner.chains import merged, opened, pruned, quantized
 
-pytestmark = pytest.mark.own_interpreter
-
 NO_MEMORY = 1000
 """Free bytes that no model fits in: only the checks that read headers and routers run."""
 
@@ -78,6 +76,7 @@ def test_a_packed_model_that_was_written_dense_passes_without_its_kind(tiny_mode
     assert found.problems == ()
 
 
+@pytest.mark.own_interpreter
 @pytest.mark.parametrize("merge_first", [False, True], ids=["stock", "compact"])
 def test_packed_models_pass_with_a_difference_of_zero(merge_first, tiny_model, tmp_path):
     chain = opened(tiny_model("qwen3_moe", dtype="bfloat16"))
@@ -171,6 +170,7 @@ def test_weights_that_changed_after_the_export_change_the_logits(tiny_model, tmp
     assert found.problems[0].startswith("logits of a fresh process differ by ")
 
 
+@pytest.mark.own_interpreter
 def test_a_fresh_process_names_what_is_missing_and_of_another_shape(tiny_model, tmp_path):
     export(opened(tiny_model("qwen3_moe")), tmp_path / "model")
     change(tmp_path / "model", "model.norm.weight", torch.zeros(3))
@@ -186,6 +186,7 @@ def test_a_fresh_process_names_what_is_missing_and_of_another_shape(tiny_model, 
     ]
 
 
+@pytest.mark.own_interpreter
 def test_a_folder_that_does_not_load_says_why(tiny_model, tmp_path):
     chain = merged(opened(tiny_model("qwen3_moe")), tmp_path / "chain", 3)
     export(chain, tmp_path / "model")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from moecli.families.count import count_of
 from moecli.io.factors import unfactored
 from moecli.io.formats import DenseView
 from moecli.io.reader import FolderCheckpoint
+from moecli.runner import verify as verification
 from moecli.runner.export import choose, export
 from moecli.runner.verify import verify, verify_folder
 from tests.io.test_factors import factored
@@ -115,7 +115,7 @@ def test_a_reader_who_does_not_know_the_form_is_stopped(tiny_model, tmp_path):
     chain, _ = factored(FolderCheckpoint(tiny_model("qwen3_moe"), facts_of), tmp_path / "chain")
     export(chain, tmp_path / "compact")
     script = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path / 'compact')!r})"
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    done = verification.run_python(script, [], tmp_path, os.environ)
     assert done.returncode != 0
     assert "ignore_mismatched_sizes" in done.stderr
 
