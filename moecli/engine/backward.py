@@ -64,6 +64,8 @@ HEAD_BYTES = 512 << 20
 GRAPH_FACTOR = 3
 """A layer's activations with grad, in activations of a plain pass, estimated from above."""
 IGNORED = -100
+SHOWN = frozenset({"outputs", "inner", "slope", "gradients"})
+"""What collectors may need on the way back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +262,11 @@ class BackLayer:
         self.shape = _shape(self.parts.experts, facts, 0) if self.parts else None
         self._made: list[Tensor] | None = None
 
-    def observe(self, some: Iterable[Collector] = ()) -> LayerStats:
-        """Statistics of gradients over all batches; counts and gate sums are always among them. Collectors that need
-        the `slope` are shown what a forward sweep shows, and it.
+    def observe(self, some: Iterable[Collector] = (), *, on_device: bool = False) -> LayerStats:
+        """Statistics of gradients over all batches, and others that take no more than tokens, routes and what is inside
+        an expert; counts and gate sums are always among them. Those that need the `slope` are shown it beside what a
+        forward sweep shows. `on_device` leaves them where they were made. The layer may be observed again; it runs
+        without a way back where no statistic needs one.
 
         StageFailed for a dense layer, or experts whose way back is not known.
         """
@@ -270,9 +274,14 @@ class BackLayer:
             raise StageFailed(f"layer {self.index} has no experts to observe")
         always = collectors(("count", "gate_sum"))
         wanted = {c.name: c for c in some if c.name not in ("count", "gate_sum")}
+        for collector in wanted.values():
+            if missing := collector.needs - SHOWN:
+                raise ValueError(f"`{collector.name}` needs {', '.join(sorted(missing))}, which the way back lacks")
         self._within_memory(lambda: self._run(always, list(wanted.values())))
         text = self._flow.text
-        found = {n: fetched(value) for n, value in combined([*always, *wanted.values()], text.ranks).items()}
+        found = combined([*always, *wanted.values()], text.ranks)
+        if not on_device:
+            found = {name: fetched(value) for name, value in found.items()}
         return LayerStats(text.tokens, found.pop("count"), found.pop("gate_sum"), found)
 
     def output_grads(self) -> list[Tensor]:
@@ -315,15 +324,25 @@ class BackLayer:
         for collector in (*always, *wanted):
             collector.start(self.shape, self._flow.device)
         seen, made = self._flow.text.first, []
-        sloped = [collector for collector in wanted if "slope" in collector.needs]
-        pulled = [collector for collector in wanted if collector not in sloped]
+        pulled = [collector for collector in wanted if "gradients" in collector.needs]
+        grouped = [*always, *(collector for collector in wanted if "gradients" not in collector.needs)]
+        sloped = any("slope" in collector.needs for collector in wanted)
+        ahead = bool(wanted) and not (pulled or sloped)
         with differentiable(self.module, self.parts, keep=bool(pulled)) as routed:
             for i, state in enumerate(self._states()):
-                made.append(self._flow.shelf.put(i, self._pull(i, state)))
+                if ahead:
+                    self._ahead(i, state)
+                else:
+                    made.append(self._flow.shelf.put(i, self._pull(i, state)))
                 if always and routed is not None:
                     rows, slope = self._flow.run(self.index, i).rows, self._flow.here(i) if sloped else None
-                    seen += self._update([*always, *sloped], pulled, routed, rows, seen, slope)
-        self._made = made
+                    seen += self._update(grouped, pulled, routed, rows, seen, slope)
+        self._made = None if ahead else made
+
+    @torch.no_grad()
+    def _ahead(self, index: int, state: Tensor) -> None:
+        args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)
+        self.module(state.to(self._flow.device, non_blocking=True), *args, **kwargs)
 
     def _pull(self, index: int, state: Tensor) -> Tensor:
         args, kwargs = moved(self._flow.run(self.index, index).arguments, self._flow.device)

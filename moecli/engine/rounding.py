@@ -9,29 +9,69 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from moecli.engine.collectors import Collector, Grouped, LayerShape
+from moecli.engine.collectors import Collector, Grouped, LayerShape, collectors
 from moecli.engine.probe import run_experts
+from moecli.ops.gptq import Factor, factor, solve
+from moecli.ops.ladder import ladder
+from moecli.ops.pack import dequantize, group_scale
 
-Rounding = Callable[[Tensor, int], Tensor]
-"""(weight [..., N outputs, K inputs], bits) -> the values that are left of it, of the same shape"""
+if TYPE_CHECKING:
+    from moecli.engine.backward import BackLayer
+    from moecli.engine.sweep import SweptLayer
+
+Rounding = Callable[[Tensor, int, str], Tensor]
+"""(weights of a layer's experts [E, N outputs, K inputs], bits, `gate_up_proj` or `down_proj`) -> the values that are
+left of them, of the same shape. Rows are rounded one by one, whatever their order: gate and up joined or alternating.
+"""
+COMPENSATED_EXPERTS = 16
+"""Experts that GPTQ rounds together here: it takes several times their weights in fp32."""
+
+
+def one_by_one(rounding: Callable[[Tensor, int], Tensor]) -> Rounding:
+    """Of a rounding of matrices [N, K], which takes several times its input in fp32: expert by expert."""
+    return lambda weight_ENK, bits, name: torch.stack([rounding(weight_NK, bits) for weight_NK in weight_ENK])
+
+
+def compensated(layer: SweptLayer | BackLayer, group_size: int, shrink: bool) -> Rounding:
+    """What GPTQ makes of the layer's experts, each calibrated on its own tokens of the text (`ops.ladder`), with
+    columns by falling diagonal and a damping of 0.01: as `quantize/gptq` does it by default, but for what earlier
+    layers lost. Takes one pass of the layer, and holds a factor of each expert's Hessians as long as it lives.
+    """
+    stats = layer.observe(collectors(("x_cov_pool", "x_cov", "h_cov")), on_device=True)
+    x_ECC, h_EFF = stats["x_cov"], stats["h_cov"]
+    count_E = stats.count_E.to(x_ECC.device)
+    pools = {
+        "gate_up_proj": (x_ECC, stats["x_cov_pool"][0] / stats.tokens),
+        "down_proj": (h_EFF, h_EFF.sum(0) / count_E.sum().clamp(min=1)),
+    }
+    factors = {
+        name: factor(ladder(total, count_E.float(), count_E, mean).value_E) for name, (total, mean) in pools.items()
+    }
+
+    def rounding(weight_ENK: Tensor, bits: int, name: str) -> Tensor:
+        found = []
+        for start in range(0, len(weight_ENK), COMPENSATED_EXPERTS):
+            some = slice(start, start + COMPENSATED_EXPERTS)
+            weight_eNK, use = weight_ENK[some], Factor(*(value[some] for value in factors[name]))
+            scale_eNG = group_scale(weight_eNK, bits, group_size, shrink)
+            found.append(dequantize(solve(weight_eNK, scale_eNG, use, bits).codes_ERC, scale_eNG))
+        return torch.cat(found)
+
+    return rounding
 
 
 def rounded_experts(experts: nn.Module, bits: int, rounding: Rounding) -> nn.Module:
-    """A copy of an experts module whose projections are rounded along their inputs; biases are shared with it.
-
-    Rows keep their order whatever it is (gate and up joined or alternating), for rows are rounded one by one.
-    """
+    """A copy of an experts module whose projections are rounded along their inputs; biases are shared with it."""
     twin = copy.copy(experts)
     twin._parameters = dict(experts._parameters)
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, name).detach()
-        weight_ENK = weight.mT if experts.is_transposed else weight
-        # Expert by expert: rounding takes several times its input in fp32.
-        some = torch.stack([rounding(weight_NK, bits) for weight_NK in weight_ENK])
+        some = rounding(weight.mT if experts.is_transposed else weight, bits, name)
         twin._parameters[name] = nn.Parameter(some.mT if experts.is_transposed else some, requires_grad=False)
     return twin
 

@@ -21,10 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 32
-"""Inputs below which an expert's own moments say nothing."""
-ENOUGH = 256
-"""Inputs from which on they are used alone, if they are a quarter of the width too."""
+from moecli.ops.ladder import ladder
 
 
 class Correction(NamedTuple):
@@ -80,27 +77,15 @@ def output_energy(weight_ERC: Tensor, moment_E: Tensor) -> Tensor:
 
 
 def pooled(total_E: Tensor, count_E: Tensor) -> tuple[Tensor, Sequence[str]]:
-    """Mean moments of each expert's n inputs, from sums [E, C] or [E, C, C], and how each was come by:
+    """Mean moments of each expert's inputs, from sums [E, C] or [E, C, C], and how each was come by: by the ladder of
+    `ops.ladder`, or `plain` where that is not finite, or zero: the identity, every input counts the same.
 
-        own      n >= max(C / 4, 256)   its own mean
-        mixed    32 <= n                n / (n + C/4) of its own, the rest the mean over the inputs of all experts
-        pooled   n < 32                 the mean over the inputs of all experts
-        plain    that is not finite, or zero: the identity, every input counts the same
-
-    Float64; the ladder of `quantize/gptq` on any moments. Waits for the device twice.
+    Float64. Waits for the device twice.
     """
-    found, counts = total_E.to(torch.float64, copy=True), count_E.tolist()
-    mean = found.sum(0) / max(1, sum(counts))
-    quarter = found.shape[-1] / 4
-    names = ["own" if n >= max(quarter, ENOUGH) else "pooled" if n < FEW else "mixed" for n in counts]
-    for expert, (name, n) in enumerate(zip(names, counts, strict=True)):
-        if name == "pooled":  # its own sums, perhaps not finite, do not count at all
-            found[expert] = mean
-            continue
-        share = 1 if name == "own" else n / (n + quarter)
-        found[expert] *= share / n
-        if name == "mixed":
-            found[expert] += (1 - share) * mean
+    total = total_E.to(torch.float64, copy=True)
+    weight_E = count_E.to(total)
+    mean = total.sum(0) / weight_E.sum().clamp(min=1)
+    found, names = ladder(total, weight_E, count_E, mean)
     found, sound = sound_moments(found)
     return found, [name if fine else "plain" for name, fine in zip(names, sound, strict=True)]
 

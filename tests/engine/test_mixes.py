@@ -9,6 +9,7 @@ import torch
 
 from moecli.engine.data import Batch
 from moecli.engine.mixes import divergences
+from moecli.engine.rounding import one_by_one
 from moecli.families import adapter, facts_of
 from moecli.families.adapter import load_model
 from moecli.io.reader import FolderCheckpoint
@@ -63,7 +64,7 @@ def whole(model, batches, mixes):
 def test_each_mix_is_as_far_as_the_whole_model_with_its_weights(family, tiny_model):
     model = FolderCheckpoint(tiny_model(family), facts_of)
     batches, mixes = batches_for(model), mixes_for(model, 3)
-    found = divergences(model, batches, mixes, rounding=rounding, dtype=torch.float32)
+    found = divergences(model, batches, mixes, rounding=one_by_one(rounding), dtype=torch.float32)
     assert found == pytest.approx(whole(model, batches, mixes), rel=1e-3, abs=1e-7)
     assert min(found) > 1e-5 and len(set(found)) == 3
 
@@ -71,15 +72,15 @@ def test_each_mix_is_as_far_as_the_whole_model_with_its_weights(family, tiny_mod
 def test_padding_is_not_counted(tiny_model):
     model = FolderCheckpoint(tiny_model("qwen3_moe"), facts_of)
     batches, mixes = batches_for(model, padding=True), mixes_for(model, 2)
-    found = divergences(model, batches, mixes, rounding=rounding, dtype=torch.float32)
+    found = divergences(model, batches, mixes, rounding=one_by_one(rounding), dtype=torch.float32)
     assert found == pytest.approx(whole(model, batches, mixes), rel=1e-3)
 
 
 def test_the_order_of_mixes_does_not_matter(tiny_model):
     model = FolderCheckpoint(tiny_model("mixtral"), facts_of)
     batches, mixes = batches_for(model), mixes_for(model, 4)
-    found = divergences(model, batches, mixes, rounding=rounding, dtype=torch.float32)
-    turned = divergences(model, batches, mixes[::-1], rounding=rounding, dtype=torch.float32)
+    found = divergences(model, batches, mixes, rounding=one_by_one(rounding), dtype=torch.float32)
+    turned = divergences(model, batches, mixes[::-1], rounding=one_by_one(rounding), dtype=torch.float32)
     assert found == turned[::-1]
 
 
@@ -87,7 +88,7 @@ def test_a_layer_that_runs_out_of_memory_is_judged_again(tiny_model, monkeypatch
     """Half as many sequences at a time, from the source's experts on."""
     model = FolderCheckpoint(tiny_model("qwen3_moe"), facts_of)
     batches, mixes = batches_for(model), mixes_for(model, 2)
-    calm = divergences(model, batches, mixes, rounding=rounding, dtype=torch.float32)
+    calm = divergences(model, batches, mixes, rounding=one_by_one(rounding), dtype=torch.float32)
     from moecli.engine.sweep import SweptLayer
 
     forward, calls = SweptLayer._forward, []
@@ -99,5 +100,7 @@ def test_a_layer_that_runs_out_of_memory_is_judged_again(tiny_model, monkeypatch
         return forward(self, index, hidden)
 
     monkeypatch.setattr(SweptLayer, "_forward", failing)
-    assert divergences(model, batches, mixes, rounding=rounding, dtype=torch.float32) == pytest.approx(calm, rel=1e-4)
+    assert divergences(model, batches, mixes, rounding=one_by_one(rounding), dtype=torch.float32) == pytest.approx(
+        calm, rel=1e-4
+    )
     assert len(calls) > 4

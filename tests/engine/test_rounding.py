@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moecli.engine.backward import backward_sweep
+from moecli.engine.collectors import collectors
 from moecli.engine.data import Batch
-from moecli.engine.rounding import RoundingErrors, SlopedRoundingErrors
+from moecli.engine.rounding import RoundingErrors, SlopedRoundingErrors, one_by_one
 from moecli.engine.sweep import sweep
 from moecli.families import adapter, family_of
 from moecli.ops.pack import dequantize, quantize_rtn
@@ -86,7 +87,7 @@ def test_errors_are_those_of_the_model_with_one_rounded_expert(family, tiny_mode
     wanted = literal(adapter.load_model(source, "cpu", torch.float32), source, batches)
     for layer in sweep(source, batches):
         if layer.is_moe:
-            collector = RoundingErrors(layer.parts.experts, BITS, rounding, ends)
+            collector = RoundingErrors(layer.parts.experts, BITS, one_by_one(rounding), ends)
             found = layer.observe([collector])["rounding_errors"]
             assert float(found.max()) > 0
             torch.testing.assert_close(found, wanted[layer.index], rtol=1e-3, atol=1e-9)
@@ -101,7 +102,7 @@ def test_sloped_errors_are_weighed_with_the_gradient_of_the_whole_model(family, 
     swept = backward_sweep(source, batches)
     for layer in swept.back():
         if layer.is_moe:
-            collector = SlopedRoundingErrors(layer.parts.experts, BITS, rounding, torch.tensor([32]))
+            collector = SlopedRoundingErrors(layer.parts.experts, BITS, one_by_one(rounding), torch.tensor([32]))
             stats = layer.observe([collector])
             total = wanted[layer.index].sum(0, keepdim=True)
             assert int(stats.count_E.sum()) == 32 * layer.shape.slots and float(total.max()) > 0
@@ -132,7 +133,7 @@ def test_two_slots_on_one_stored_expert_are_one_error(tiny_model):
     source = aliased(open_folder(tiny_model("qwen3_moe")), [6, 1, 3, 4, 7], alias)[0]
     batches = random_batches((3,), length=10)
     for layer in sweep(source, batches):
-        collector = RoundingErrors(layer.parts.experts, BITS, rounding, torch.tensor([30]))
+        collector = RoundingErrors(layer.parts.experts, BITS, one_by_one(rounding), torch.tensor([30]))
         found = layer.observe([collector])["rounding_errors"]
         assert found.shape == (1, 5, 2) and bool((found > 0).all())
 
@@ -141,4 +142,21 @@ def test_weighed_errors_need_a_way_back(tiny_model):
     source = open_folder(tiny_model("qwen3_moe"))
     for layer in sweep(source, random_batches((1,), length=6)):
         with pytest.raises(TypeError, match="collected by a backward sweep"):
-            layer.observe([SlopedRoundingErrors(layer.parts.experts, BITS, rounding, torch.tensor([6]))])
+            layer.observe([SlopedRoundingErrors(layer.parts.experts, BITS, one_by_one(rounding), torch.tensor([6]))])
+
+
+def test_the_way_back_shows_what_the_way_there_shows(tiny_model):
+    """Statistics that need no gradient, before and after those that do."""
+    source, batches = open_folder(tiny_model("qwen3_moe")), padded(random_batches((2, 1), length=12))
+    names = ("x_cov", "h_cov", "x_cov_pool")
+    wanted = {layer.index: layer.observe(collectors(names)) for layer in sweep(source, batches)}
+    plain = {layer.index: layer.input_grads() for layer in backward_sweep(source, batches).back()}
+    for layer in backward_sweep(source, batches).back():
+        for some in (names, ("gh2", *names)):
+            found = layer.observe(collectors(some))
+            for name in names:
+                torch.testing.assert_close(found[name], wanted[layer.index][name], rtol=1e-5, atol=1e-6)
+            assert torch.equal(found.count_E, wanted[layer.index].count_E)
+            assert all(torch.equal(a, b) for a, b in zip(layer.input_grads(), plain[layer.index], strict=True))
+        with pytest.raises(ValueError, match="`prob_routed` needs logits, which the way back lacks"):
+            layer.observe(collectors(("prob_routed",)))

@@ -9,17 +9,19 @@ import torch
 
 from moecli.core.artifacts import CalibrationStats
 from moecli.core.errors import MoecliError, RecipeError, StageFailed
+from moecli.engine.backward import backward_sweep
 from moecli.engine.collectors import collectors
 from moecli.engine.data import batches_of
-from moecli.engine.rounding import RoundingErrors, SlopedRoundingErrors
+from moecli.engine.rounding import RoundingErrors, SlopedRoundingErrors, compensated, rounded_experts
 from moecli.engine.sweep import sweep
-from moecli.families import family_of
+from moecli.families import adapter, family_of
 from moecli.methods.allocate import gemq as gemq_module
 from moecli.methods.allocate import pmq as pmq_module
-from moecli.methods.allocate import rounding
+from moecli.methods.allocate import to_nearest
 from moecli.methods.allocate.gemq import Gemq, gemq
 from moecli.methods.allocate.pmq import Pmq, pmq
 from moecli.methods.allocate.quantmoe_bench import QuantMoeBench, quantmoe_bench
+from moecli.methods.quantize.gptq import Gptq, gptq
 from moecli.ops.precision import outlier_score
 from moecli.runner.execute import run as run_plan
 from moecli.runner.open import open_recipe, sketch_of
@@ -51,7 +53,7 @@ def norms(model, text, levels, shrink=False):
     for batch in batches:
         for layer in sweep(model, [batch]):
             ends = torch.tensor([batch.input_ids.numel()])
-            collector = RoundingErrors(layer.parts.experts, levels, rounding(16, shrink=shrink), ends)
+            collector = RoundingErrors(layer.parts.experts, levels, to_nearest(16, shrink), ends)
             norm = layer.observe([collector])["rounding_errors"][0].sqrt()
             found[layer.index] = found.get(layer.index, 0) + norm
     return found
@@ -95,14 +97,12 @@ def test_batches_count_in_pmq_and_not_in_gemq(checkpoint, context):
 
 
 def test_gemq_is_the_best_of_all_plans_over_both_layers(checkpoint, context):
-    from moecli.engine.backward import backward_sweep
-
     model, ctx = checkpoint(), context()
     text = text_for(model)
     plan = by_gemq(model, ctx, text, average=2.75, bits=[2, 4])
     cost = {}
     for layer in backward_sweep(model, batches_of(text, 3)).back():
-        collector = SlopedRoundingErrors(layer.parts.experts, (2, 4), rounding(16), torch.tensor([text.ids.numel()]))
+        collector = SlopedRoundingErrors(layer.parts.experts, (2, 4), to_nearest(16), torch.tensor([text.ids.numel()]))
         cost[layer.index] = layer.observe([collector])["rounding_errors"][0]
     both = torch.cat([cost[0], cost[1]])
     choices = torch.tensor(list(itertools.product((0, 1), repeat=16)))
@@ -138,9 +138,38 @@ def test_another_average_measures_nothing_again(checkpoint, context, monkeypatch
     monkeypatch.setattr(pmq_module, "sweep", never)
     assert sum(int(b.sum()) for b in by_gemq(model, ctx, text, average=3.5).values()) == 3.5 * 32
     by_pmq(model, ctx, text, average=3.5)
-    for change in ({"group_size": 8}, {"bits": [2, 4]}, {"grid": "asymmetric"}, {"shrink": True}):
+    for change in ({"group_size": 8}, {"bits": [2, 4]}, {"grid": "asymmetric"}, {"shrink": True}, {"rounding": "gptq"}):
         with pytest.raises(AssertionError, match="measured again"):
             by_gemq(model, ctx, text, **change)
+
+
+@pytest.mark.parametrize("method", [by_gemq, by_pmq])
+def test_errors_of_gptq_are_smaller_and_make_another_cost(method, checkpoint, context):
+    model, costs = checkpoint(), []
+    for how in ("nearest", "gptq"):
+        ctx = context(how)
+        method(model, ctx, average=2.5, rounding=how)
+        (note,) = [note for note in ctx.notes if note.startswith("cost ")]
+        costs.append(float(note.split()[1].rstrip(",")))
+    assert 0 < costs[1] < 0.9 * costs[0]
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_compensated_experts_are_those_that_gptq_writes(family, shrink, checkpoint, context):
+    """Of the first layer, before which nothing is quantized, forwards and backwards."""
+    source, ctx = checkpoint(family), context("gptq")
+    text, first = text_for(source), source.facts.moe_layers[0]
+    gptq(Gptq(bits=3, group_size=16, attention_bits=16, shrink=shrink), text, source, None, ctx)
+    model = adapter.load_model(ctx.finish(source))
+    wanted = adapter.moe_parts(adapter.decoder_layers(model)[1][first]).experts
+    for layers in (sweep(source, batches_of(text, 2)), backward_sweep(source, batches_of(text, 2)).back()):
+        for layer in layers:
+            if layer.index == first:
+                found = rounded_experts(layer.parts.experts, 3, compensated(layer, 16, shrink))
+                for name in ("gate_up_proj", "down_proj"):
+                    torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)
+                    assert not torch.equal(getattr(found, name), getattr(layer.parts.experts, name))
 
 
 def test_an_expert_without_tokens_gets_the_fewest_bits(checkpoint, context):
@@ -208,7 +237,9 @@ BAD = [
     ("pmq", {"average": 3, "servable": "hf", "at_least": "none"}, "scope",
      "one number of bits for the whole model cannot be chosen layer by layer"),
     ("gemq", {"average": 3, "grid": "asymmetric", "shrink": True}, "shrink",
-     "the grid of published code has no search for scales"),
+     "the grid of published code is here for rounding to the nearest alone"),
+    ("pmq", {"average": 3, "grid": "asymmetric", "rounding": "gptq"}, "rounding",
+     "the grid of published code is here for rounding to the nearest alone"),
     ("gemq", {"average": 3, "group_size": 128}, "group_size",
      "`group_size` 128 does not divide the model width 64 and the expert width 32"),
     ("pmq", {"average": 3, "solver": "greedy"}, "solver", "`greedy` knows no `at_least`"),

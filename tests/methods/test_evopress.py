@@ -10,7 +10,7 @@ from moecli.core.errors import MoecliError, RecipeError
 from moecli.engine.data import batches_of
 from moecli.engine.mixes import divergences
 from moecli.methods.allocate import evopress as module
-from moecli.methods.allocate import rounding
+from moecli.methods.allocate import to_nearest
 from moecli.methods.allocate.evopress import EvoPress, evopress
 from moecli.runner.open import open_recipe
 from tests.methods.test_gptq import text_for
@@ -31,7 +31,7 @@ def uniform(model, bits):
 
 def distance(model, plan, shrink=False):
     mix = {layer: bits_E2[:, 0].tolist() for layer, bits_E2 in plan.items()}
-    return divergences(model, batches_of(text_for(model), 8), [mix], rounding=rounding(16, shrink=shrink))[0]
+    return divergences(model, batches_of(text_for(model), 8), [mix], rounding=to_nearest(16, shrink))[0]
 
 
 def mean(plan):

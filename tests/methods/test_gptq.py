@@ -6,10 +6,8 @@ import torch
 from moecli.core.artifacts import CalibrationText
 from moecli.families import FAMILIES, adapter, family_of, linears_of
 from moecli.io.formats import DenseView, is_packed
-from moecli.methods.quantize import gptq as gptq_module
 from moecli.methods.quantize.gptq import Gptq, gptq
 from moecli.methods.quantize.rtn import Rtn, rtn
-from moecli.ops.gptq import factor
 from moecli.ops.pack import dequantize, group_scale
 from moecli.runner.open import sketch_of
 from tests.ops.test_gptq import plain
@@ -220,19 +218,3 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(asymmetric, checkpoint
     assert set(whole.names()) == set(again.names())
     for name in whole.names():
         assert torch.equal(whole.get(name), again.get(name)), name
-
-
-def test_a_broken_expert_spoils_no_other():
-    """The ladder by its formula, one expert at a time; an expert whose inputs were not finite keeps that to itself."""
-    counts = [300, 300, 64, 8]
-    own = torch.stack([torch.eye(16) * (e + 1) for e in range(4)])
-    pool = torch.full((16, 16), 0.5)
-    total = own * torch.tensor(counts)[:, None, None]
-    found = gptq_module._ladder(total.clone(), torch.tensor(counts).float(), torch.tensor(counts), pool)
-    assert found.classes == ["own", "own", "mixed", "pooled"]
-    wanted = [own[0], own[1], 64 / 68 * own[2] + 4 / 68 * pool, pool]
-    torch.testing.assert_close(found.value_ECC, torch.stack(wanted))
-    total[0, 3, 3] = torch.nan
-    spoilt = gptq_module._ladder(total, torch.tensor(counts).float(), torch.tensor(counts), total.sum(0))
-    assert torch.equal(spoilt.value_ECC[1], own[1])
-    assert factor(spoilt.value_ECC).tries_E.tolist() == [3, 0, 3, 3]

@@ -28,7 +28,9 @@ from moecli.core.context import Context
 from moecli.core.errors import MoecliError, Problem, StageFailed
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 from moecli.core.stage import Options
-from moecli.engine.rounding import Rounding
+from moecli.engine.backward import BackLayer
+from moecli.engine.rounding import Rounding, compensated, one_by_one
+from moecli.engine.sweep import SweptLayer
 from moecli.families import family_of
 from moecli.ops import budget
 from moecli.ops.pack import dequantize, quantize_rtn
@@ -247,6 +249,9 @@ class Measuring(Allocate):
     code, which has a zero point."""
     shrink: bool = False
     """Search each scale as `shrink` of the `quantize/...` stage below does, which helps fewer bits more."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """What errors are those of: weights rounded to the nearest, as published, or what GPTQ makes of them on this text,
+    as `quantize/gptq` below does. That takes another pass of each layer and a solution for each of `bits`."""
 
     def problems(self, model: ModelFacts) -> Iterator[Problem]:
         yield from super().problems(model)
@@ -255,16 +260,22 @@ class Measuring(Allocate):
             message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"
             fits = next((g for g in (128, 64, 32, 16) if not any(w % g for w in named.values())), None)
             yield Problem("group_size", message, hint=f"write `group_size: {fits}`" if fits else None)
-        if self.shrink and self.grid == "asymmetric":
-            yield Problem("shrink", "the grid of published code has no search for scales",
-                          hint="write `grid: symmetric`, or leave `shrink` out")  # fmt: skip
+        if self.grid == "asymmetric" and (wrong := "shrink" if self.shrink else self.rounding == "gptq" and "rounding"):
+            yield Problem(wrong, "the grid of published code is here for rounding to the nearest alone",
+                          hint=f"write `grid: symmetric`, or leave `{wrong}` out")  # fmt: skip
+
+    def rounding_of(self, layer: SweptLayer | BackLayer) -> Rounding:
+        """What the errors of this layer's experts are those of."""
+        if self.rounding == "gptq":
+            return compensated(layer, self.group_size, self.shrink)
+        if self.grid == "asymmetric":
+            return one_by_one(lambda weight_NK, bits: asymmetric(weight_NK, bits, self.group_size))
+        return to_nearest(self.group_size, self.shrink)
 
 
-def rounding(group_size: int, grid: str = "symmetric", shrink: bool = False) -> Rounding:
-    """To nearest, on the grid that `quantize/rtn` writes, or on that of published code."""
-    if grid == "asymmetric":
-        return lambda weight_NK, bits: asymmetric(weight_NK, bits, group_size)
-    return lambda weight_NK, bits: dequantize(*quantize_rtn(weight_NK, bits, group_size, shrink))
+def to_nearest(group_size: int, shrink: bool = False) -> Rounding:
+    """On the grid that `quantize/rtn` writes."""
+    return one_by_one(lambda weight_NK, bits: dequantize(*quantize_rtn(weight_NK, bits, group_size, shrink)))
 
 
 def measured(
@@ -275,7 +286,7 @@ def measured(
 
     StageFailed when one is not a number.
     """
-    grid = {"bits": opt.levels(), "group_size": opt.group_size, "grid": opt.grid, "shrink": opt.shrink}
+    grid = {"bits": opt.levels(), **opt.model_dump(include={"group_size", "grid", "shrink", "rounding"})}
     values = {"model": ctx.input_keys["model"], "text": text.digest, **grid, **settings}
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
     found = ctx.shared_part(f"errors-{key}", Measured, lambda: Measured(make())).layers

@@ -41,7 +41,7 @@ from moecli.core.stage import RunSetting, stage
 from moecli.engine.data import batches_of
 from moecli.engine.mixes import divergences
 from moecli.families import family_of
-from moecli.methods.allocate import Allocate, plan_of, report, rounding
+from moecli.methods.allocate import Allocate, plan_of, report, to_nearest
 from moecli.ops import budget as ops_budget
 from moecli.ops import evolve
 
@@ -203,8 +203,8 @@ class _Search:
         rows = torch.from_numpy(np.sort(rng.choice(len(text.ids), count, replace=False)))
         some = batches_of(CalibrationText(text.ids[rows], text.mask[rows], ""), opt.batch_size)
         mixes = [by_layer(choice, self._model) for choice in choices]
-        to_nearest = rounding(opt.group_size, shrink=opt.shrink)
-        return divergences(self._model, some, mixes, rounding=to_nearest, device=self._ctx.device)
+        rounding = to_nearest(opt.group_size, opt.shrink)
+        return divergences(self._model, some, mixes, rounding=rounding, device=self._ctx.device)
 
 
 _START = 1 << 31

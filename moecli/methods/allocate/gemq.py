@@ -7,7 +7,7 @@ different layers compare, so the solver spends `average` over the whole model.
 
 Takes a way back through all layers (`engine.backward`). Only the expert's own tokens are run again
 (`engine.rounding`), which is exact; gradients and outputs are in the model's dtype, squares in fp32, sums in fp64.
-Rounding is to nearest, on the symmetric grid that `quantize/...` writes unless `grid` says otherwise. Published is
+Rounding is to nearest, on the symmetric grid that `quantize/...` writes, unless options say otherwise. Published is
 also a fine-tuning of the router after quantization, for which `router/kd` is here, and repeating the whole at falling
 averages, which is not.
 
@@ -31,7 +31,7 @@ from moecli.core.stage import RunSetting, stage
 from moecli.engine.backward import backward_sweep
 from moecli.engine.data import batches_of
 from moecli.engine.rounding import SlopedRoundingErrors
-from moecli.methods.allocate import Measuring, measured, rounding, solve
+from moecli.methods.allocate import Measuring, measured, solve
 
 
 class Gemq(Measuring):
@@ -53,9 +53,7 @@ def _costs(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) ->
     found = {}
     for layer in swept.back():
         if layer.is_moe:
-            errors = SlopedRoundingErrors(
-                layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid, opt.shrink), one_block
-            )
+            errors = SlopedRoundingErrors(layer.parts.experts, opt.levels(), opt.rounding_of(layer), one_block)
             found[layer.index] = layer.observe([errors])[errors.name][0]
     for line in swept.report():
         ctx.note(line)

@@ -8,7 +8,7 @@ one expert or more is at the largest number of bits and one at the next.
 
 eps depends on `batch_size`, for norms of batches are added and not squares: 8 sequences, as published. Only the
 expert's own tokens are run again (`engine.rounding`), which is exact. Rounding is to nearest, on the symmetric grid
-that `quantize/...` writes unless `grid` says otherwise; with 1 bit the sign times mean |w| of a group on both. Experts
+that `quantize/...` writes unless options say otherwise; with 1 bit the sign times mean |w| of a group on both. Experts
 that no token reached cost nothing and get the fewest bits.
 
 Source: arXiv 2410.06270 (MC-MoE, section 3.2) and 2510.10962 (MC#). Exponents 1, 1.5, 1 give the
@@ -33,7 +33,7 @@ from moecli.core.stage import stage
 from moecli.engine.data import batches_of
 from moecli.engine.rounding import RoundingErrors
 from moecli.engine.sweep import sweep
-from moecli.methods.allocate import Measuring, measured, rounding, solve
+from moecli.methods.allocate import Measuring, measured, solve
 from moecli.ops.precision import PMQ_EXPONENTS, pmq_cost
 
 Exponent = Annotated[float, Field(ge=0)]
@@ -79,9 +79,7 @@ def _norms(opt: Pmq, text: CalibrationText, model: Checkpoint, ctx: Context) -> 
     found = {}
     for layer in swept:
         if layer.is_moe:
-            errors = RoundingErrors(
-                layer.parts.experts, opt.levels(), rounding(opt.group_size, opt.grid, opt.shrink), ends_B
-            )
+            errors = RoundingErrors(layer.parts.experts, opt.levels(), opt.rounding_of(layer), ends_B)
             found[layer.index] = layer.observe([errors])[errors.name].sqrt().sum(0)
     for line in swept.report():
         ctx.note(line)

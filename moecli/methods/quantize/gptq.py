@@ -59,12 +59,9 @@ from moecli.families import Linear, family_of
 from moecli.io.formats import packed_names, put_packed_stack, put_words
 from moecli.methods.quantize import Packing, Quantize
 from moecli.ops.gptq import DAMPS, factor, pull, solve
+from moecli.ops.ladder import ladder
 from moecli.ops.pack import dequantize, group_scale, pack_rows, unpack_rows
 
-FEW = 32
-"""Tokens below which an expert's own Hessian says nothing."""
-ENOUGH = 256
-"""Tokens from which on it is used alone, if they are a quarter of the inputs too."""
 SLAB_BYTES = 8 << 30
 """Held for the experts that are solved together, at most: weights in fp32, damped Hessians and their factors."""
 
@@ -255,7 +252,7 @@ class _Layer:
                 pool_CC = stats[pool][0] / stats.tokens
             else:
                 pool_CC = total_ECC.sum(0) / weight_E.sum().clamp(min=1e-30)
-            return _ladder(total_ECC, weight_E, count_E, pool_CC)
+            return Hessians(*ladder(total_ECC, weight_E, count_E, pool_CC))
 
         found = mixed(total_ECC, "x_cov_pool")
         if not drifting:
@@ -365,26 +362,6 @@ def _drifts(opt: Gptq, projections: Sequence[str], beside: Beside) -> list[Colle
     if "in" in projections:
         found += [XDriftPool(beside), *([XDrift(beside, weighted)] if opt.hessian != "all" else [])]
     return [*found, HDrift(beside, weighted)] if "out" in projections else found
-
-
-def _ladder(total_ECC: Tensor, weight_E: Tensor, count_E: Tensor, pool_CC: Tensor) -> Hessians:
-    """H of each expert, where it has few tokens mixed with the layer's mean. `total_ECC` is used up.
-
-    Experts with tokens enough keep their own H whatever the others' is: what is not finite stays where it came from.
-    """
-    quarter = total_ECC.shape[-1] / 4
-    counts = count_E.tolist()  # waits for the device, once
-    names = ["own" if n >= max(quarter, ENOUGH) else "pooled" if n < FEW else "mixed" for n in counts]
-    fixed = {"own": 1.0, "pooled": 0.0}
-    shares = [fixed.get(name, n / (n + quarter)) for name, n in zip(names, counts, strict=True)]
-    share_E = torch.tensor(shares, device=total_ECC.device)
-    total_ECC *= (share_E / weight_E.clamp(min=1e-30))[:, None, None]
-    for expert, name in enumerate(names):
-        if name == "pooled":
-            total_ECC[expert] = pool_CC
-        elif name == "mixed":
-            total_ECC[expert] += (1 - share_E[expert]) * pool_CC
-    return Hessians(total_ECC, names)
 
 
 def _stacks(linears: Sequence[Linear], model: Checkpoint, layer: int) -> dict[str, list[Stack]]:
