@@ -202,6 +202,8 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             searched = stage(f"allocate/{method}", **wanted, shrink=True)
             rows[f"{method}-shrink-{average}-gptq-shrink"] = [searched, shrunk]
             rows[f"{method}-shrink-{average}-gptq-shrink-kd"] = [searched, shrunk, kd]
+            compensated = stage(f"allocate/{method}", **wanted, shrink=True, rounding="gptq")
+            rows[f"{method}-by-gptq-{average}-gptq-shrink"] = [compensated, shrunk]
         rows[f"gemq-{average}-gptq-eora-4"] = [
             *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip

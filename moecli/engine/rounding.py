@@ -28,6 +28,8 @@ Rounding = Callable[[Tensor, int, str], Tensor]
 """(weights of a layer's experts [E, N outputs, K inputs], bits, `gate_up_proj` or `down_proj`) -> the values that are
 left of them, of the same shape. Rows are rounded one by one, whatever their order: gate and up joined or alternating.
 """
+COMPENSATED_BY = ("x_cov_pool", "x_cov", "h_cov")
+"""Statistics that GPTQ takes here."""
 COMPENSATED_EXPERTS = 16
 """Experts that GPTQ rounds together here: it takes several times their weights in fp32."""
 
@@ -42,7 +44,7 @@ def compensated(layer: SweptLayer | BackLayer, group_size: int, shrink: bool) ->
     columns by falling diagonal and a damping of 0.01: as `quantize/gptq` does it by default, but for what earlier
     layers lost. Takes one pass of the layer, and holds a factor of each expert's Hessians as long as it lives.
     """
-    stats = layer.observe(collectors(("x_cov_pool", "x_cov", "h_cov")), on_device=True)
+    stats = layer.observe(collectors(COMPENSATED_BY), on_device=True)
     x_ECC, h_EFF = stats["x_cov"], stats["h_cov"]
     count_E = stats.count_E.to(x_ECC.device)
     pools = {

@@ -29,7 +29,7 @@ from moecli.core.errors import MoecliError, Problem, StageFailed
 from moecli.core.model import ModelFacts, ModelSketch, TensorSpec
 from moecli.core.stage import Options
 from moecli.engine.backward import BackLayer
-from moecli.engine.rounding import Rounding, compensated, one_by_one
+from moecli.engine.rounding import COMPENSATED_BY, Rounding, compensated, one_by_one
 from moecli.engine.sweep import SweptLayer
 from moecli.families import family_of
 from moecli.ops import budget
@@ -260,9 +260,14 @@ class Measuring(Allocate):
             message = f"`group_size` {self.group_size} does not divide the {' and the '.join(wrong)}"
             fits = next((g for g in (128, 64, 32, 16) if not any(w % g for w in named.values())), None)
             yield Problem("group_size", message, hint=f"write `group_size: {fits}`" if fits else None)
-        if self.grid == "asymmetric" and (wrong := "shrink" if self.shrink else self.rounding == "gptq" and "rounding"):
-            yield Problem(wrong, "the grid of published code is here for rounding to the nearest alone",
-                          hint=f"write `grid: symmetric`, or leave `{wrong}` out")  # fmt: skip
+        more = [name for name, asked in (("shrink", self.shrink), ("rounding", self.rounding == "gptq")) if asked]
+        if self.grid == "asymmetric" and more:
+            yield Problem(more[0], "the grid of published code is here for rounding to the nearest alone",
+                          hint=f"write `grid: symmetric`, or leave `{more[0]}` out")  # fmt: skip
+
+    def held(self) -> tuple[str, ...]:
+        """Statistics of a layer that `rounding_of` holds."""
+        return COMPENSATED_BY if self.rounding == "gptq" else ()
 
     def rounding_of(self, layer: SweptLayer | BackLayer) -> Rounding:
         """What the errors of this layer's experts are those of."""

@@ -48,7 +48,8 @@ def gemq(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) -> B
 
 def _costs(opt: Gemq, text: CalibrationText, model: Checkpoint, ctx: Context) -> dict[int, Tensor]:
     """{layer: sum of (G * (Z - Z_eb))^2, float64 [E, levels]}"""
-    swept = backward_sweep(model, batches_of(text, opt.batch_size), device=ctx.device, track=ctx.track)
+    batches = batches_of(text, opt.batch_size)
+    swept = backward_sweep(model, batches, device=ctx.device, track=ctx.track, statistics=opt.held())
     one_block = torch.tensor([text.ids.numel()])
     found = {}
     for layer in swept.back():

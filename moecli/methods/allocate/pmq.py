@@ -75,7 +75,7 @@ def _norms(opt: Pmq, text: CalibrationText, model: Checkpoint, ctx: Context) -> 
     """{layer: sum over batches of ||Z - Z_eb||_F, float64 [E, levels]}"""
     batches = batches_of(text, opt.batch_size)
     ends_B = torch.tensor(list(accumulate(int(batch.counted.sum()) for batch in batches)))
-    swept = sweep(model, batches, device=ctx.device, track=ctx.track)
+    swept = sweep(model, batches, device=ctx.device, track=ctx.track, statistics=opt.held())
     found = {}
     for layer in swept:
         if layer.is_moe:
