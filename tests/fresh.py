@@ -39,7 +39,10 @@ for line in sys.stdin:
         exec(compile(asked["script"], "<string>", "exec"), {"__name__": "__main__"})
         code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        code = stop.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
