@@ -204,6 +204,8 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             rows[f"{method}-shrink-{average}-gptq-shrink-kd"] = [searched, shrunk, kd]
             compensated = stage(f"allocate/{method}", **wanted, shrink=True, rounding="gptq")
             rows[f"{method}-by-gptq-{average}-gptq-shrink"] = [compensated, shrunk]
+        widest = {**wanted, "bits": [1, 2, 3, 4], "shrink": True}
+        rows[f"gemq-1234-{average}-gptq-shrink"] = [stage("allocate/gemq", **widest), shrunk]
         rows[f"gemq-{average}-gptq-eora-4"] = [
             *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
