@@ -14,7 +14,7 @@ averages, which is not.
 Source: arXiv 2605.23078. `at_least: upper_two` is its option "c2c3".
 
 - run: allocate/gemq
-  with: {average: 2.5, bits: [2, 3, 4]}
+  with: {average: 2.5, bits: [1, 2, 3, 4], shrink: true}     # and `shrink: true` in `quantize/gptq` below
 """
 
 from __future__ import annotations
