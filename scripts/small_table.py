@@ -206,6 +206,8 @@ def bits_rows() -> dict[str, list[dict[str, Any]]]:
             rows[f"{method}-by-gptq-{average}-gptq-shrink"] = [compensated, shrunk]
         widest = {**wanted, "bits": [1, 2, 3, 4], "shrink": True}
         rows[f"gemq-1234-{average}-gptq-shrink"] = [stage("allocate/gemq", **widest), shrunk]
+        widest["rounding"] = "gptq"
+        rows[f"gemq-1234-by-gptq-{average}-gptq-shrink"] = [stage("allocate/gemq", **widest), shrunk]
         rows[f"gemq-{average}-gptq-eora-4"] = [
             *plans["gemq"], stage("quantize/gptq", bits=4), {"run": "compensate/eora", "with": {"rank": 4}},
         ]  # fmt: skip
