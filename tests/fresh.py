@@ -1,8 +1,8 @@
 """A process that knows nothing of `moecli`, without the seconds that importing torch and transformers takes.
 
-Verification loads a model in a fresh interpreter. Here that is forked from one which has imported those two and nothing
-else, computed nothing and never seen `moecli`; each test's process is a new fork of it. Tests marked `own_interpreter`
-get a real one.
+Verification loads a model in a fresh interpreter. Here that is forked from one which has imported those two and what
+they load models with, computed nothing and never seen `moecli`; each test's process is a new fork of it. Tests marked
+`own_interpreter` get a real one.
 """
 
 from __future__ import annotations

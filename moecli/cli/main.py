@@ -40,7 +40,9 @@ class Terminated(BaseException):
 
 
 SIGNALS: dict[type, signal.Signals] = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+"""What the main thread raises when it gets a signal."""
 SOON_S = 0.05
+"""After which a signal that was forgotten is sent once more: the object is gone by then."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -42,7 +42,10 @@ def one_by_one(rounding: Callable[[Tensor, int], Tensor]) -> Rounding:
 def compensated(layer: SweptLayer | BackLayer, group_size: int, shrink: bool) -> Rounding:
     """What GPTQ makes of the layer's experts, each calibrated on its own tokens of the text (`ops.ladder`), with
     columns by falling diagonal and a damping of 0.01: as `quantize/gptq` does it by default, but for what earlier
-    layers lost. Takes one pass of the layer, and holds a factor of each expert's Hessians as long as it lives.
+    layers lost. Takes one pass of the layer, and holds a factor of each expert's Hessians, float32 [E, D, D] and
+    [E, F, F], as long as it lives. Experts whose Hessian has no factor are rounded to the nearest.
+
+    Source: arXiv 2210.17323. Raises ValueError when `group_size` does not divide a projection's inputs.
     """
     stats = layer.observe(collectors(COMPENSATED_BY), on_device=True)
     x_ECC, h_EFF = stats["x_cov"], stats["h_cov"]
