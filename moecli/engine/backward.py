@@ -268,7 +268,7 @@ class BackLayer:
         forward sweep shows. `on_device` leaves them where they were made. The layer may be observed again; it runs
         without a way back where no statistic needs one.
 
-        StageFailed for a dense layer, or experts whose way back is not known; ValueError for a statistic that takes more.
+        StageFailed for a dense layer, or experts whose way back is unknown; ValueError for a statistic that takes more.
         """
         if self.parts is None:
             raise StageFailed(f"layer {self.index} has no experts to observe")
